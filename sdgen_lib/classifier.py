@@ -1,0 +1,129 @@
+"""ResNet20, its training, accuracy and the Classification Accuracy Score (CAS)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .data import Split
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters (option A of He et al. 2016): subsample, pad channels."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.stride, self.extra = stride, channels - channels_in
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+        x = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(x)) + shortcut)
+
+
+class ResNet20(nn.Module):
+    """The CIFAR ResNet20 (He et al. 2016, section 4.2): three stages of three blocks, ``width`` filters in the first.
+
+    Width 16 (0.27 M parameters) is what the name means; the paper's released code has width 64 (4.29 M).
+    uint8 (B, 3, H, W), H = W any size from 8 -> logits float (B, num_classes).
+    """
+
+    def __init__(self, num_classes: int, width: int = 16):
+        super().__init__()
+        stages, channels_in = [], width
+        for stage in range(3):
+            for block in range(3):
+                channels = width * 2**stage
+                stages.append(Block(channels_in, channels, stride=2 if stage > 0 and block == 0 else 1))
+                channels_in = channels
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(channels_in, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.stages(self.stem(images.float() / 127.5 - 1))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What one classifier reached, as fractions 0..1, at the epoch with the best real validation accuracy."""
+
+    val_accuracy: float
+    test_accuracy: float  # its CAS, if it was trained on generated images
+    best_epoch: int
+    epochs: int  # trained, early stopping included
+
+
+@torch.no_grad()
+def predict(model: ResNet20, images: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
+    """uint8 (N, 3, H, W) -> predicted class, int64 (N,), on the CPU."""
+    model.eval()
+    device = next(model.parameters()).device
+    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in images.split(batch_size)])
+
+
+def accuracy(model: ResNet20, split: Split) -> float:
+    """Top-1 accuracy, 0..1."""
+    return float((predict(model, split.images) == split.labels).float().mean())
+
+
+def train_classifier(
+    images: torch.Tensor, labels: torch.Tensor, val: Split, num_classes: int, *, width: int = 16, epochs: int = 100,
+    batch_size: int = 256, learning_rate: float = 1e-3, label_smoothing: float = 0.1, plateau_patience: int = 10,
+    stop_patience: int = 25, seed: int = 0, device: str = "cpu",
+    on_epoch: Callable[[int, ResNet20, float], None] | None = None,
+) -> tuple[ResNet20, list[float]]:  # fmt: skip
+    """Trains a ResNet20 from scratch by the paper's protocol (section 4), without augmentation.
+
+    ``images`` uint8 (N, 3, H, W) and ``labels`` int64 (N,), real or generated; ``val`` real images, which set the
+    learning rate's plateaus (factor 0.1) and the early stopping. ``on_epoch(epoch, model, val accuracy)`` may raise
+    to stop (a search's pruner does). Returns the model with the weights of its best epoch, and the validation
+    accuracy of every epoch.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ResNet20(num_classes, width).to(device)
+    order = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=plateau_patience)
+    images, labels = images.to(device), labels.to(device)
+    best, best_epoch, history = copy.deepcopy(model.state_dict()), 0, []
+    for epoch in range(1, epochs + 1):
+        model.train()
+        for rows in torch.randperm(len(images), generator=order).split(batch_size):
+            if len(rows) == 1 and len(images) > 1:  # batch normalisation needs two
+                continue
+            loss = F.cross_entropy(model(images[rows]), labels[rows], label_smoothing=label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        history.append(accuracy(model, val))
+        plateau.step(history[-1])
+        if best_epoch == 0 or history[-1] > history[best_epoch - 1]:
+            best, best_epoch = copy.deepcopy(model.state_dict()), epoch
+        if on_epoch:
+            on_epoch(epoch, model, history[-1])
+        if epoch - best_epoch >= stop_patience:
+            break
+    model.load_state_dict(best)
+    return model, history
+
+
+def score(images: torch.Tensor, labels: torch.Tensor, val: Split, test: Split, num_classes: int, **options) -> Score:
+    """Trains a classifier on ``images`` and tests it on real ones: the CAS if they were generated.
+
+    (Ravuri and Vinyals 2019.) ``options`` as in `train_classifier`.
+    """
+    model, history = train_classifier(images, labels, val, num_classes, **options)
+    best = max(history)
+    return Score(best, accuracy(model, test), history.index(best) + 1, len(history))

@@ -1,0 +1,104 @@
+"""What a step will cost on this machine: counted passes times measured seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from .classifier import ResNet20
+from .settings import Settings, resolve
+
+if TYPE_CHECKING:
+    from .course import Course
+    from .tune import Space
+
+PRUNED_SHARE = 0.6  # of the classifier epochs a pruner lets run, roughly: a third of trials in full, the rest a third
+STEPS = ("1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets")
+
+
+def _seconds(work: Callable[[], object], repeats: int = 2) -> float:
+    work()  # warm-up
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def measure(course: Course) -> dict[str, float]:
+    """Seconds per image on this machine of: a UNet pass, one more with the gradient of its input, one with the
+    gradient of its weights, and one classifier training step."""
+    if hasattr(course, "_unit_costs"):
+        return course._unit_costs
+    model, batch = course.backbone, 64 if course.backbone.device == "cpu" else 16
+    device = torch.device(model.device)
+    latents = torch.randn(batch, *model.latent_shape, device=device)
+    t = torch.zeros(batch, dtype=torch.int64, device=device)
+    context = torch.zeros(batch, model.tokens, model.width, device=device, requires_grad=True)
+
+    @torch.no_grad()
+    def forward():
+        model.predict_noise(latents, t, context)
+
+    def backward():
+        model.predict_noise(latents, t, context).float().sum().backward()
+
+    found = {"pass": _seconds(forward) / batch, "transfer": _seconds(backward) / batch}
+    model.unet.requires_grad_(True)
+    found["finetune"] = _seconds(backward) / batch
+    for parameter in model.unet.parameters():
+        parameter.requires_grad_(False).grad = None
+    size, settings = course.data.image_size, course.settings
+    net = ResNet20(course.data.num_classes, settings.classifier_width).to(device)
+    images = torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    found["classifier"] = _seconds(lambda: F.cross_entropy(net(images), labels).backward()) / batch
+    course._unit_costs = found
+    return found
+
+
+def estimate(
+    settings: Settings, step: str, num_train: int, unit: dict[str, float], space: Space | None = None
+) -> float:
+    """Seconds that ``step`` takes: guidance doubles a sampling pass; ``num_train`` real training images."""
+    s = settings
+    if step in ("1_transfer", "3_finetune"):
+        prefix = step[2:]
+        return getattr(s, f"{prefix}_epochs") * num_train * unit[prefix]
+    steps = sum(space.IS if space else (s.steps_min, s.steps_max)) / 2
+    sampling = 2 * steps * unit["pass"]
+    if step in ("2_tune", "4_retune"):
+        return s.n_trials * s.num_images * (sampling + PRUNED_SHARE * s.classifier_epochs * unit["classifier"])
+    sets = 1 + s.max_multiple * (s.max_multiple + 1) / 2  # classifiers see 1 + (1 + 2 + .. + K) times the real set
+    training = s.classifier_seeds * sets * s.classifier_epochs * num_train * unit["classifier"]
+    return s.max_multiple * num_train * sampling + training
+
+
+def readable(seconds: float) -> str:
+    """12 -> '12 s', 200 -> '3 min', 9000 -> '2.5 h', 400000 -> '4.6 days'."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+
+
+def text(course: Course, step: str, space: Space | None = None) -> str:
+    """'about 3 min on this machine', for the line before a long run."""
+    seconds = estimate(course.settings, step, len(course.data.train), measure(course), space)
+    return f"about {readable(seconds)} on this machine"
+
+
+def table(course: Course) -> dict[str, dict[str, str]]:
+    """The estimate of every step, for this run's recipe and for the paper's: {step: {recipe: '3 min'}}."""
+    unit, n = measure(course), len(course.data.train)
+    paper = resolve(recipe="paper", backbone=course.settings.backbone)
+    columns = {"this recipe": course.settings, "-p recipe paper": paper}
+    return {step: {name: readable(estimate(s, step, n, unit)) for name, s in columns.items()} for step in STEPS}

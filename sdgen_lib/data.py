@@ -1,0 +1,345 @@
+"""Images with class labels, from a name, a MedMNIST-style ``.npz`` file or a folder, as one `ImageData`.
+
+Where the named datasets come from:
+
+- ``digits``: the 1797 handwritten digits inside scikit-learn; nothing is downloaded.
+- ``cifar10``, ``cifar100``: through torchvision.
+- ``pathmnist`` ... ``organsmnist``: the 2-D, one-label-per-image sets of MedMNIST v2, at 28 pixels;
+  ``pathmnist_64``, ``_128`` and ``_224`` are the larger files that MedMNIST publishes beside them.
+
+Files and folders are read by `data_files`. Downloads are checked against their MD5 and kept in the folder
+that the environment variable ``SDGEN_DATA`` names (``~/.cache/sdgen_lib`` without it).
+
+medmnist, scikit-learn and torchvision's datasets are imported where they are used: they take seconds, and
+medmnist makes a folder ``~/.medmnist``, which nobody needs who does not use its sets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import data_files
+from .settings import unknown_name
+
+TEST_FRACTION, VAL_FRACTION, CIFAR_VAL_FRACTION = 0.25, 0.15, 0.2
+DIGITS_SIZE, FOLDER_SIZE = 16, 32
+CIFAR = ("cifar10", "cifar100")
+MEDMNIST = (
+    "pathmnist",
+    "dermamnist",
+    "octmnist",
+    "pneumoniamnist",
+    "retinamnist",
+    "breastmnist",
+    "bloodmnist",
+    "tissuemnist",
+    "organamnist",
+    "organcmnist",
+    "organsmnist",
+)
+MEDMNIST_SUFFIXES = ("", "_64", "_128", "_224")  # medmnist's own file names: none is 28 pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """images: uint8 ``(N, 3, H, W)``, 0..255; labels: int64 ``(N,)``, 0..C-1."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices) -> Split:
+        """The images and labels at `indices` (a sequence of whole numbers), in that order."""
+        indices = torch.as_tensor(indices, dtype=torch.long)
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A dataset in three splits; ``name`` is as it was asked for, ``slug`` is its name as a folder."""
+
+    name: str
+    slug: str
+    class_names: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_size(self) -> int:
+        """Height (= width) in pixels."""
+        return self.train.images.shape[-2]
+
+    @property
+    def class_counts(self) -> torch.Tensor:
+        """Training images per class: int64 ``(C,)``."""
+        return torch.bincount(self.train.labels, minlength=self.num_classes)
+
+
+def names() -> list[str]:
+    """Every dataset name that `load` knows."""
+    return ["digits", *CIFAR, *(flag + suffix for flag in MEDMNIST for suffix in MEDMNIST_SUFFIXES)]
+
+
+def load(
+    dataset: str | os.PathLike, image_size: int | None = None, seed: int = 0, base_dir: Path | None = None
+) -> ImageData:
+    """Load a dataset as uint8 RGB images ``(N, 3, H, W)``, int64 labels ``(N,)`` and class names.
+
+    Args:
+        dataset: one of `names()` (a name wins over a folder called the same: write ``./digits`` for
+            the folder), or the path of an ``.npz`` file (MedMNIST's layout) or of a folder (one
+            sub-folder of images per class, or these inside ``train/``, ``test/`` and maybe ``val/``).
+            ``:N`` after it, as in ``digits:200``, keeps N training images, in the classes' proportions.
+        image_size: side in pixels; None is the dataset's own: 16 for ``digits`` (8x8 scans, enlarged
+            bilinearly), 32 for a folder, and for everything else the size it is stored in.
+        seed: picks the validation images where the source has no such split, and the N kept images.
+            The test images never depend on it, so results over seeds compare.
+        base_dir: a relative path that does not exist in the working directory is looked for here.
+
+    Raises:
+        TypeError: `dataset` is neither text nor a path.
+        ValueError: an unknown name, a wrong ``:N``, or data that cannot be used; says what to mend.
+        FileNotFoundError: no such file or folder; says where it was looked for.
+        ConnectionError: a download failed; says where to put the files by hand.
+    """
+    if not isinstance(dataset, (str, os.PathLike)):
+        raise TypeError(
+            f"dataset is {dataset!r}; it must be text: a name ({', '.join(['digits', *CIFAR, *MEDMNIST])}), "
+            "or the path of a .npz file or of a folder."
+        )
+    if image_size is not None and (type(image_size) is not int or not 8 <= image_size <= 1024):
+        raise ValueError(f"image_size is {image_size!r}; it must be a whole number from 8 to 1024, or None.")
+    name, count = _split_count(os.fspath(dataset), base_dir)
+    known = name.lower()
+    if known in names():
+        data = _read_named(known, seed)
+        default_size = DIGITS_SIZE if known == "digits" else data.image_size
+    else:
+        path = _find(name, base_dir)
+        if path.is_dir():
+            slug, class_names, parts = data_files.read_folder(path, image_size or FOLDER_SIZE)
+            default_size = FOLDER_SIZE
+        else:
+            slug, class_names, parts = data_files.read_npz(path)
+            default_size = parts["train"][0].shape[1]
+        data = ImageData(path.stem, slug, class_names, **_three_splits(parts, seed))
+    _check_classes(data, name)
+    if count is not None:
+        data = _keep(data, count, seed, name)
+    size = image_size or default_size
+    slug = data.slug if size == default_size else f"{data.slug}-{size}px"
+    train, val, test = (Split(resize(s.images, size), s.labels) for s in (data.train, data.val, data.test))
+    return ImageData(os.fspath(dataset), slug, data.class_names, train, val, test)
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Bilinear, antialiased: uint8 ``(N, 3, H, W)`` -> uint8 ``(N, 3, size, size)``; as is if that size."""
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; they must be uint8 (N, 3, H, W).")
+    if images.shape[-2:] == (size, size):
+        return images
+    out = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
+    # In float, because torch's uint8 kernel rounds differently from one kind of CPU to another; a few
+    # hundred at a time, because all of CIFAR in float would fill a small machine's memory.
+    for start in range(0, len(images), 256):
+        batch = images[start : start + 256].float()
+        batch = torch.nn.functional.interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
+        out[start : start + 256] = batch.round().clamp(0, 255).to(torch.uint8)
+    return out
+
+
+# --- what was asked for -------------------------------------------------------------------------------
+
+
+def _split_count(text: str, base_dir) -> tuple[str, int | None]:
+    """``"digits:200"`` -> ``("digits", 200)``; ``"digits"`` -> ``("digits", None)``."""
+    name, colon, count = text.rpartition(":")
+    if not colon:
+        return text, None
+    if re.fullmatch(r"[0-9]{1,18}", count):
+        return name, int(count)
+    if name.lower() in names() or (name and any(place.exists() for place in _places(name, base_dir))):
+        raise ValueError(
+            f"{text!r} asks for {count!r} training images; write a whole number after the colon, as in '{name}:200'."
+        )
+    return text, None
+
+
+def _places(name: str, base_dir) -> list[Path]:
+    path = Path(name).expanduser()
+    return [path.absolute()] + ([(Path(base_dir) / path).absolute()] if base_dir is not None else [])
+
+
+def _find(name: str, base_dir) -> Path:
+    """The existing file or folder that `name` means."""
+    if reason := _refusal(re.sub(r"_(28|64|128|224)$", "", name.lower())):
+        raise ValueError(
+            f"{name!r} cannot be used, because {reason}; choose a set of 2-D images with one label each, "
+            "such as 'pathmnist'."
+        )
+    places = list(dict.fromkeys(_places(name, base_dir))) if name else []
+    for place in places:
+        if place.is_dir() or (place.is_file() and place.suffix == ".npz"):
+            return place
+        if place.exists():
+            raise ValueError(f"{place} is neither a folder nor a .npz file; a dataset must be one of the two.")
+    if name.startswith((".", "~")) or name.endswith(".npz") or "/" in name or os.sep in name:
+        tried = " or ".join(map(str, places))
+        raise FileNotFoundError(f"No file or folder at {tried}; correct the path {name!r}.")
+    raise unknown_name("dataset", name, names())
+
+
+def _refusal(flag: str) -> str | None:
+    """Why this set of MedMNIST's cannot be used; None for every other name."""
+    if flag == "chestmnist":
+        return "it is multi-label: one image can have several labels or none"
+    if re.fullmatch("(organ|nodule|adrenal|fracture|vessel|synapse)mnist3d", flag):
+        return "its samples are 3-D volumes"
+    return None
+
+
+def _check_classes(data: ImageData, name: str) -> None:
+    if data.num_classes < 2:
+        raise ValueError(f"{name!r} has one class, {data.class_names[0]!r}; at least 2 classes are needed.")
+    for where, split in (("training", data.train), ("test", data.test)):
+        counts = torch.bincount(split.labels, minlength=data.num_classes)
+        missing = [data.class_names[i] for i in torch.nonzero(counts == 0).flatten().tolist()]
+        if missing:
+            raise ValueError(
+                f"{name!r} has no {where} image of class {', '.join(map(repr, missing[:5]))}; every class "
+                "needs one there (a class needs 3 images or more where the splits are made here)."
+            )
+
+
+# --- splits -------------------------------------------------------------------------------------------
+
+
+def _to_split(images: np.ndarray, labels: np.ndarray) -> Split:
+    """uint8 ``(N, H, W)`` or ``(N, H, W, 3)`` and integer ``(N,)`` or ``(N, 1)`` arrays -> `Split`."""
+    if images.ndim == 3:
+        images = np.repeat(images[..., None], 3, axis=-1)
+    images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return Split(torch.from_numpy(images), torch.from_numpy(labels.reshape(-1).astype(np.int64)))
+
+
+def _stratified(labels: torch.Tensor, count: int, seed: int) -> np.ndarray:
+    """`count` indices, sorted: a seeded choice in the classes' proportions, one or more of each class.
+
+    Image k of a class of n has rank k/n and the lowest ranks are taken (Adams' apportionment). Unlike
+    scikit-learn's ``train_test_split`` this leaves no class out, and 200 images are part of the 400.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    shuffled, rank = labels.numpy()[order], np.empty(len(labels))
+    for label in np.unique(shuffled):
+        at = np.flatnonzero(shuffled == label)
+        rank[at] = np.arange(len(at)) / len(at)
+    return np.sort(order[np.argsort(rank, kind="stable")[:count]])
+
+
+def _split_off(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """(the rest, about `fraction` of the images), both stratified."""
+    count = max(round(fraction * len(split)), len(split.labels.unique()))
+    chosen = np.zeros(len(split), dtype=bool)
+    chosen[_stratified(split.labels, count, seed)] = True
+    return split.take(np.flatnonzero(~chosen)), split.take(np.flatnonzero(chosen))
+
+
+def _three_splits(parts: data_files.Parts, seed: int) -> dict[str, Split]:
+    """train, val and test: as given, or val taken from train, or all three from one part called "all".
+
+    A test split made here is the same for every seed.
+    """
+    splits = {part: _to_split(*arrays) for part, arrays in parts.items()}
+    if "all" in splits:
+        splits["train"], splits["test"] = _split_off(splits.pop("all"), TEST_FRACTION, seed=0)
+    if "val" not in splits:
+        splits["train"], splits["val"] = _split_off(splits["train"], VAL_FRACTION, seed)
+    return splits
+
+
+def _keep(data: ImageData, count: int, seed: int, name: str) -> ImageData:
+    """The `count` training images of ``name:count``; val and test stay whole."""
+    if not data.num_classes <= count <= len(data.train):
+        raise ValueError(
+            f"'{name}:{count}' asks for {count} training images; it must be from {data.num_classes} "
+            f"(the number of classes) to {len(data.train)} (all there are)."
+        )
+    train = data.train.take(_stratified(data.train.labels, count, seed))
+    return replace(data, slug=f"{data.slug}-{count}", train=train)
+
+
+# --- named datasets -----------------------------------------------------------------------------------
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("SDGEN_DATA") or "~/.cache/sdgen_lib").expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _read_named(name: str, seed: int) -> ImageData:
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        scans = load_digits()  # values 0..16
+        images = np.round(scans.images * (255 / 16)).astype(np.uint8)
+        return ImageData(name, name, tuple("0123456789"), **_three_splits({"all": (images, scans.target)}, seed))
+    if name in CIFAR:
+        return _read_cifar(name, seed)
+    return _read_medmnist(name)
+
+
+def _no_download(name: str, url: str, target: Path, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"{name!r} could not be downloaded from {url} ({error}); check the network, or put the file at "
+        f"{target} by hand, or use dataset 'digits', which needs no download."
+    )
+
+
+def _read_cifar(name: str, seed: int) -> ImageData:
+    """Train and test as published; a fifth of train is set aside for validation."""
+    from torchvision import datasets
+
+    cls, folder = getattr(datasets, name.upper()), _cache_folder()
+    try:  # torchvision checks the MD5 of what is there, and downloads only what is missing or wrong
+        train, test = (cls(folder, train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise _no_download(name, cls.url, folder / cls.filename, error) from error
+    test_split = _to_split(test.data, np.array(test.targets))
+    train_split, val = _split_off(_to_split(train.data, np.array(train.targets)), CIFAR_VAL_FRACTION, seed)
+    return ImageData(name, name, tuple(train.classes), train_split, val, test_split)
+
+
+def _read_medmnist(name: str) -> ImageData:
+    """The splits as published; class names in the order of their numbers."""
+    import medmnist
+    from torchvision.datasets.utils import check_integrity
+
+    flag, _, size = name.partition("_")
+    suffix = name.removeprefix(flag)
+    info, folder, size = medmnist.INFO[flag], _cache_folder(), int(size or 28)
+    cls, path, md5 = getattr(medmnist, info["python_class"]), folder / f"{name}.npz", info[f"MD5{suffix}"]
+    if not path.exists():
+        try:
+            cls("train", download=True, root=folder, size=size)
+        except RuntimeError as error:
+            path.unlink(missing_ok=True)  # a download that broke off; it was not there before
+            raise _no_download(name, info[f"url{suffix}"], path, error.__context__ or error) from error
+    if not check_integrity(path, md5):
+        raise ValueError(f"{path} is damaged: its MD5 is not {md5}; delete it and run again.")
+    parts = [cls(part, root=folder, size=size) for part in ("train", "val", "test")]
+    class_names = tuple(info["label"][key] for key in sorted(info["label"], key=int))
+    return ImageData(name, name, class_names, *(_to_split(part.imgs, part.labels) for part in parts))

@@ -1,0 +1,298 @@
+"""Figures and tables from finished runs, beside the published numbers.
+
+``python -m sdgen_lib.report [runs folder]`` prints the tables of every finished run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optuna
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from . import paper, runs, tune
+
+STYLE = {
+    "figure.dpi": 90, "savefig.dpi": 90, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 10,
+}  # fmt: skip
+# Okabe and Ito's colour-blind safe palette.
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
+LABELS = {"IS": "IS (inference steps)", "UGS": "UGS (guidance scale)", "epoch": "epoch of the checkpoint"}
+
+
+def _axes(*shape: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(*shape, figsize=size, layout="constrained")
+    plt.close(figure)  # shown once, by the cell that returns it
+    return figure, axes
+
+
+# --- pictures ---
+
+
+def image_grid(
+    rows: Sequence[torch.Tensor],
+    row_names: Sequence[str],
+    column_names: Sequence[str] = (),
+    scale: float = 0.62,
+    title: str = "",
+) -> Figure:
+    """Rows of uint8 images (N, 3, H, W), drawn without smoothing; names at the left and on top."""
+    columns = max(len(row) for row in rows)
+    left = 0.09 * max(len(str(name)) for name in row_names) + 0.1
+    size = (left + scale * columns, scale * len(rows) + (0.28 if len(column_names) else 0) + (0.3 if title else 0))
+    figure, axes = _axes(len(rows), columns, size=size)
+    for row_axes, row, name in zip(np.atleast_2d(axes.reshape(len(rows), columns)), rows, row_names):
+        for ax in row_axes:
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+        for ax, image in zip(row_axes, row):
+            ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        row_axes[0].set_ylabel(str(name), rotation=0, ha="right", va="center", fontsize=9)
+    for ax, name in zip(np.atleast_2d(axes.reshape(len(rows), columns))[0], column_names):
+        ax.set_title(str(name), fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    return figure
+
+
+def by_class(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    class_names: Sequence[str],
+    per_class: int = 8,
+    title: str = "",
+    max_classes: int = 10,
+) -> Figure:
+    """A page with one row per class (the first ``max_classes``): its first ``per_class`` images."""
+    classes = range(min(len(class_names), max_classes))
+    rows = [images[labels == c][:per_class] for c in classes]
+    return image_grid(rows, [class_names[c] for c in classes], title=title)
+
+
+def real_beside_synthetic(real, synthetic, class_names: Sequence[str], per_class: int = 6) -> Figure:
+    """One row per class: real images at the left, generated ones at the right (both `data.Split`)."""
+    classes = range(min(len(class_names), 10))
+    rows = []
+    for c in classes:
+        left, right = (split.images[split.labels == c][:per_class] for split in (real, synthetic))
+        gap = torch.full_like(right[:1], 255)
+        rows.append(torch.cat([left, gap.expand(1 + per_class - len(left), -1, -1, -1), right]))
+    names = [""] * (2 * per_class + 1)
+    names[per_class // 2], names[per_class + 1 + per_class // 2] = "real", "synthetic"
+    return image_grid(rows, [class_names[c] for c in classes], names)
+
+
+# --- training and search ---
+
+
+def loss_curve(history: pd.DataFrame, title: str) -> Figure:
+    """The loss of every epoch, in training and on held-out images with the right, a wrong and no label."""
+    figure, ax = _axes(size=(6.4, 3.4))
+    styles = {
+        "train": (GREY, ":", "training images"),
+        "wrong": (ORANGE, "--", "held out, wrong label"),
+        "empty": (PINK, "-.", "held out, no label"),
+        "right": (BLUE, "-", "held out, right label"),
+    }
+    for column, (colour, line, name) in styles.items():
+        ax.plot(history.index, history[column], line, color=colour, label=name)
+    ax.set(xlabel="epoch", ylabel="mean squared error of the noise", title=title)
+    ax.legend()
+    return figure
+
+
+def _cas_axis(ax) -> None:
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+
+
+def trials(study: optuna.Study, title: str = "") -> Figure:
+    """Each trial as a point: IS against UGS, coloured by accuracy (pruned ones as crosses), and the best so far."""
+    frame = tune.trials_frame(study)
+    figure, (left, right) = _axes(1, 2, size=(9.2, 3.4))
+    low, high = frame.value.min(), max(frame.value.max(), frame.value.min() + 1e-6)
+    for pruned, marker in ((False, "o"), (True, "X")):
+        part = frame[frame.pruned == pruned]
+        if len(part):
+            dots = left.scatter(
+                part.IS,
+                part.UGS,
+                c=100 * part.value,
+                vmin=100 * low,
+                vmax=100 * high,
+                marker=marker,
+                s=70,
+                cmap="viridis",
+                edgecolor="white",
+                label="pruned" if pruned else "complete",
+            )
+    figure.colorbar(dots, ax=left, label="accuracy on real images (%)")
+    best = frame.loc[frame.value.where(~frame.pruned).idxmax()]
+    left.scatter([best.IS], [best.UGS], s=220, facecolor="none", edgecolor=ORANGE, linewidth=2, label="best")
+    left.set(xlabel=LABELS["IS"], ylabel=LABELS["UGS"])
+    left.legend(fontsize=8)
+    right.scatter(range(1, len(frame) + 1), frame.value, c=np.where(frame.pruned, GREY, BLUE), s=25)
+    right.step(
+        range(1, len(frame) + 1),
+        frame.value.where(~frame.pruned).cummax().ffill(),
+        where="post",
+        color=ORANGE,
+        label="best so far",
+    )
+    right.set(xlabel="trial", ylabel="accuracy on real images")
+    right.legend()
+    _cas_axis(right)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def slices(study: optuna.Study) -> Figure:
+    """Accuracy against each parameter on its own: where the good trials lie."""
+    frame = tune.trials_frame(study)
+    figure, axes = _axes(1, 3, size=(9.6, 3.0))
+    for ax, name in zip(axes, tune.PARAMETERS):
+        for pruned, colour, label in ((False, BLUE, "complete"), (True, GREY, "pruned")):
+            part = frame[frame.pruned == pruned]
+            ax.scatter(part[name], part.value, color=colour, s=30, alpha=0.8, label=label)
+        ax.set(xlabel=LABELS[name])
+        _cas_axis(ax)
+    axes[0].set_ylabel("accuracy on real images")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def contour(study: optuna.Study, x: str = "IS", y: str = "UGS") -> Figure:
+    """Accuracy over two parameters, interpolated between the trials (linear on triangles)."""
+    frame = tune.trials_frame(study)
+    figure, ax = _axes(size=(5.6, 3.8))
+    points = frame.groupby([x, y], as_index=False).value.max()
+    if len(points) >= 4 and points[x].nunique() > 1 and points[y].nunique() > 1:
+        filled = ax.tricontourf(points[x], points[y], 100 * points.value, levels=10, cmap="viridis")
+        figure.colorbar(filled, ax=ax, label="accuracy on real images (%)")
+    ax.scatter(points[x], points[y], color="white", edgecolor="black", s=22)
+    ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
+    ax.grid(False)
+    return figure
+
+
+def importance_bars(ours: pd.DataFrame, published: pd.DataFrame = paper.IMPORTANCES) -> Figure:
+    """fANOVA importances: our searches (rows of ``ours``) and the mean of the released ones, step by step."""
+    figure, ax = _axes(size=(7.6, 3.4))
+    bars = {f"ours, {name}": row for name, row in ours.iterrows()}
+    for step in (2, 4):
+        bars[f"published, mean of step {step}"] = published.xs(step, level="step").mean()
+    positions, height = np.arange(len(tune.PARAMETERS)), 0.8 / len(bars)
+    colours = [BLUE, "#56B4E9", GREY, "#AAAAAA"]
+    for k, (label, row) in enumerate(bars.items()):
+        ax.barh(positions + (k - (len(bars) - 1) / 2) * height, [row[p] for p in tune.PARAMETERS], height * 0.9,
+                label=label, color=colours[k % 4])  # fmt: skip
+    ax.set_yticks(positions, [LABELS[p] for p in tune.PARAMETERS])
+    ax.invert_yaxis()
+    ax.set(xlabel="share of the variance of the accuracy (fANOVA)", xlim=(0, 1))
+    ax.legend(fontsize=8)
+    return figure
+
+
+# --- tables ---
+
+
+def _percent(values: Sequence[float]) -> str:
+    spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{spread}"
+
+
+def _note(rows: dict[str, Any]) -> str:
+    return " (selected on the TEST set)" if any(r.get("select_on") == "test" for r in rows.values()) else ""
+
+
+def table_1(run_path: Path, dataset: str) -> pd.DataFrame:
+    """Our table 1: CAS after each step, as percent on real test images, mean ± standard deviation over classifiers.
+
+    Below it the published row of the same dataset where there is one, marked as published.
+    """
+    rows = runs.load_json(Path(run_path) / "table_1.json", {})
+    ours = {
+        step: {f"CAS %{_note(rows)}": _percent(row["test"]), "IS": row["point"]["IS"], "UGS": round(row["point"]["UGS"], 2),
+               "epochs": "/".join(str(row["point"][f"{p}_epoch"] or "-") for p in ("transfer", "finetune")),
+               "images": row["num_images"], "generation s": round(row["seconds"], 1)}
+        for step, row in sorted(rows.items())
+    }  # fmt: skip
+    table = pd.DataFrame(ours)
+    name = paper.name_of(dataset)
+    if name and len(table):
+        table.loc[f"published CAS % ({name}, 4000 images)"] = paper.TABLE_1.loc[name].reindex(table.columns)
+    return table.fillna("")
+
+
+def table_2(run_path: Path, dataset: str) -> pd.DataFrame:
+    """Our table 2: accuracy on real test images of classifiers trained on real images, and on x1 .. xK."""
+    rows = runs.load_json(Path(run_path) / "table_2.json", {})
+    ours = {
+        name: {"accuracy %": _percent(row["test"]), "training images": row["num_images"]} for name, row in rows.items()
+    }
+    table = pd.DataFrame(ours)
+    name = paper.name_of(dataset)
+    if name and len(table):
+        table.loc[f"published accuracy % ({name})"] = paper.TABLE_2.loc[name].reindex(table.columns)
+    return table.fillna("")
+
+
+def steps_figure(run_path: Path, chance: float) -> Figure:
+    """CAS after each step, a dot for every classifier, with chance level."""
+    rows = runs.load_json(Path(run_path) / "table_1.json", {})
+    figure, ax = _axes(size=(6.4, 3.4))
+    names = sorted(rows)
+    ax.plot(names, [np.mean(rows[n]["test"]) for n in names], "-o", color=BLUE)
+    for name in names:
+        ax.scatter([name] * len(rows[name]["test"]), rows[name]["test"], color=ORANGE, s=18, zorder=3)
+    ax.axhline(chance, color=GREY, linestyle=":", label="chance")
+    ax.set(ylabel="CAS (real test images)", ylim=(0, 1))
+    ax.legend()
+    _cas_axis(ax)
+    return figure
+
+
+def scaling_figure(run_path: Path) -> Figure:
+    """Accuracy against the size of the synthetic set, beside real data; bars and band are the seeds' spread."""
+    rows = runs.load_json(Path(run_path) / "table_2.json", {})
+    real, names = rows["real"]["test"], [n for n in rows if n != "real"]
+    figure, ax = _axes(size=(6.4, 3.4))
+    ax.axhline(np.mean(real), color=GREEN, label="trained on real images")
+    ax.axhspan(np.min(real), np.max(real), color=GREEN, alpha=0.15)
+    seeds = np.array([rows[n]["test"] for n in names])
+    means = seeds.mean(1)
+    errors = [means - seeds.min(1), seeds.max(1) - means]
+    ax.errorbar(names, means, yerr=errors, fmt="-o", color=BLUE, capsize=4, label="trained on synthetic images")
+    ax.set(xlabel="size of the synthetic set, times the real one", ylabel="accuracy on real test images")
+    ax.legend()
+    _cas_axis(ax)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    base = Path(arguments[0]) if arguments else runs.default_runs_dir()
+    found = sorted(path.parent for path in base.glob("*/*/manifest.json"))
+    if not found:
+        raise SystemExit(f"No run in {base.absolute()}: run the notebooks first (make course).")
+    for path in found:
+        dataset = runs.load_json(path / "manifest.json")["settings"]["dataset"]
+        for number, table in ((1, table_1(path, dataset)), (2, table_2(path, dataset))):
+            if len(table):
+                print(f"\nTable {number}, {path.relative_to(base)}\n{table.to_string()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Everything a run depends on, in one frozen dataclass; the recipes as data; checking of notebook parameters."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SHARED = ("dataset", "backbone", "recipe", "seed", "runs_dir")  # the parameters every notebook declares
+CHOICES = {
+    "unconditional": ("zero", "empty_prompt", "class_mean"),
+    "class_encoder_start": ("random", "empty_prompt"),
+    "sampler": ("ddim", "dpm-solver++"),
+    "select_on": ("val", "test"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One run. The default values are the paper's protocol (arXiv 2405.02698, sections 3 and 4)."""
+
+    dataset: str = "digits"
+    backbone: str = "tiny"
+    recipe: str = "paper"
+    seed: int = 0
+    runs_dir: str | None = None  # None: `runs/` of the checkout, else of the working directory
+    image_size: int | None = None  # pixels, the classifier's; None: the dataset's own
+    precision: str = "auto"  # of the diffusion model; auto: bf16 where the processor computes in it, else fp32
+
+    # Step 1: the Class-Encoder. Step 3: the UNet. Sources: section 3, steps 1 and 3.
+    class_encoder_start: str = "random"
+    unconditional: str = "zero"  # not stated in the paper; what its released code does
+    transfer_epochs: int = 50
+    transfer_batch_size: int = 64
+    transfer_learning_rate: float = 1e-4
+    finetune_epochs: int = 10
+    finetune_batch_size: int = 16
+    finetune_learning_rate: float = 1e-5
+    weight_decay: float = 4e-3
+    clip_norm: float = 10.0
+
+    # Sampling and the searches of steps 2 and 4. Section 3, steps 2 and 4.
+    sampler: str = "ddim"
+    sample_batch_size: int = 128
+    default_steps: int = 50  # Stable Diffusion's own defaults, the row "after 1"
+    default_guidance: float = 7.5
+    n_trials: int = 50
+    num_images: int = 4000  # of one trial, uniform over classes
+    steps_min: int = 5
+    steps_max: int = 50
+    guidance_max: float = 7.5
+    select_on: str = "val"  # the released code searches on "test", the images its tables report
+
+    # The classifier. Section 4. Width 16 is what the name ResNet20 means; the released code's first stage has 64.
+    classifier_width: int = 16
+    classifier_epochs: int = 100
+    classifier_batch_size: int = 256
+    classifier_learning_rate: float = 1e-3
+    label_smoothing: float = 0.1
+    plateau_patience: int = 10
+    stop_patience: int = 25
+    classifier_seeds: int = 1  # classifiers trained on each set of the tables
+
+    # Step 5: synthetic sets of 1 to max_multiple times the real one.
+    max_multiple: int = 10
+
+    given: tuple[str, ...] = ()  # the names that were set by hand, over the recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+# What each recipe changes of the paper's protocol.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # One T4 hour: fewer images and trials; three classifiers a set, so that the tables carry a spread.
+    "workshop": dict(
+        transfer_epochs=15, class_encoder_start="empty_prompt", transfer_learning_rate=1e-3, finetune_epochs=5,
+        n_trials=20, num_images=500, steps_max=25, default_steps=25, classifier_epochs=40, max_multiple=2,
+        classifier_seeds=3, classifier_batch_size=64,
+    ),
+    # Minutes on two CPU cores with the tiny model. Its rates are its own: the paper's 1e-4 and 1e-5 suit a UNet of
+    # 866 M parameters and barely move one of 4 M; at 5e-4 the fine-tuned tiny UNet forgets the class.
+    "demo": dict(
+        class_encoder_start="empty_prompt", transfer_epochs=24, transfer_batch_size=32, transfer_learning_rate=3e-3,
+        finetune_epochs=12, finetune_learning_rate=1e-4, weight_decay=0.0,
+        n_trials=16, num_images=500, steps_max=20, classifier_epochs=30, classifier_batch_size=64,
+        plateau_patience=6, stop_patience=15, classifier_seeds=3, max_multiple=3,
+    ),
+}  # fmt: skip
+
+
+def unknown_name(what: str, name: object, allowed) -> ValueError:
+    """The error for a misspelt name: says what was wrong, the nearest right name, and all of them.
+
+    Example: ``raise unknown_name("recipe", "dmeo", RECIPES)``.
+    """
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"Unknown {what} {name!r}.{hint} Allowed: {', '.join(allowed)}.")
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """One parameter's value, of the type of its default; raises ValueError that names what is allowed."""
+    if name in CHOICES:
+        if value not in CHOICES[name]:
+            raise unknown_name(f"value for {name}", value, CHOICES[name])
+        return value
+    if name in ("dataset", "backbone"):
+        if not isinstance(value, (str, Path)) or not str(value).strip():
+            raise ValueError(f"{name} must be a name or a path, not {value!r}.")
+        return str(value)
+    if name == "runs_dir":
+        if not isinstance(value, (str, Path)) or not str(value).strip():
+            raise ValueError(f"runs_dir must be a folder or None, not {value!r}.")
+        return str(value)
+    if isinstance(default, float):
+        low = 0.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
+            raise ValueError(f"{name} must be a number of at least {low:g}, not {value!r}.")
+        return float(value)
+    low, high = (0, 2**32 - 1) if name == "seed" else (1, 10**9)  # what is left is integer
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}.")
+    return value
+
+
+def resolve(recipe: str = "auto", backbone: str = "auto", **given: Any) -> Settings:
+    """Settings of a run: the recipe's values, over them what is given (``None`` means the recipe's value).
+
+    ``auto`` is the tiny model with the `demo` recipe without a GPU, Stable Diffusion 2 with `workshop` on one.
+    Raises ValueError for an unknown name (with the nearest right one), a wrong type or a value out of range.
+    """
+    import torch  # here, so that checking a parameter costs no second
+
+    gpu = torch.cuda.is_available()
+    recipe = ("workshop" if gpu else "demo") if recipe in ("auto", None) else recipe
+    backbone = ("sd2" if gpu else "tiny") if backbone in ("auto", None) else backbone
+    if recipe not in RECIPES:
+        raise unknown_name("recipe", recipe, ["auto", *RECIPES])
+    fields = {f.name: f.default for f in dataclasses.fields(Settings) if f.name != "given"}
+    for name in given:
+        if name not in fields:
+            raise unknown_name("parameter", name, fields)
+    by_hand = {
+        name: _checked(name, value, fields[name]) for name, value in {**given, "backbone": backbone}.items()
+        if value is not None
+    }  # fmt: skip
+    values = {**RECIPES[recipe], **by_hand}
+    settings = Settings(recipe=recipe, given=tuple(sorted(set(by_hand) - set(SHARED))), **values)
+    if settings.steps_min > settings.steps_max:
+        raise ValueError(f"steps_min ({settings.steps_min}) must not exceed steps_max ({settings.steps_max}).")
+    return settings
+
+
+def from_notebook(namespace: Mapping[str, Any]) -> Settings:
+    """Settings from a notebook's parameters cell and what papermill injected after it.
+
+    Reads the cells that have run (``In``): from the last one that assigns all five shared parameters on, every name
+    assigned in it and in papermill's "# Parameters" cell must be a setting. papermill itself only warns about a
+    misspelt ``-p`` name and then runs the default; here it is a ValueError with the nearest right name.
+    """
+    assigned: list[str] = []
+    for source in namespace.get("In", []):
+        try:
+            targets = [n.id for node in ast.parse(source).body if isinstance(node, ast.Assign)
+                       for n in node.targets if isinstance(n, ast.Name)]  # fmt: skip
+        except SyntaxError:  # a cell with an IPython magic
+            continue
+        if set(SHARED) <= set(targets):
+            assigned = targets
+        elif assigned and source.startswith("# Parameters"):
+            assigned += targets
+    fields = [f.name for f in dataclasses.fields(Settings) if f.name != "given"]
+    for name in assigned:
+        if name not in fields:
+            raise unknown_name("parameter", name, fields)
+    names = assigned or [name for name in fields if name in namespace]
+    return resolve(**{name: namespace[name] for name in names})
