@@ -224,7 +224,8 @@ def table_1(run_path: Path, dataset: str) -> pd.DataFrame:
     """
     rows = runs.load_json(Path(run_path) / "table_1.json", {})
     ours = {
-        step: {f"CAS %{_note(rows)}": _percent(row["test"]), "IS": row["point"]["IS"], "UGS": round(row["point"]["UGS"], 2),
+        step: {f"CAS %{_note(rows)}": _percent(row["test"]),
+               "IS": row["point"]["IS"], "UGS": round(row["point"]["UGS"], 2),
                "epochs": "/".join(str(row["point"][f"{p}_epoch"] or "-") for p in ("transfer", "finetune")),
                "images": row["num_images"], "generation s": round(row["seconds"], 1)}
         for step, row in sorted(rows.items())

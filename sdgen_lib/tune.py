@@ -55,9 +55,8 @@ def plan(
     """
     factor = 3
     brackets = max(1, min(n_trials // 20, int(math.log(n_epochs, factor)) if n_epochs > 1 else 1))
-    pruner = optuna.pruners.HyperbandPruner(
-        min_resource=max(1, math.ceil(n_epochs / factor**brackets)), max_resource=max(1, n_epochs), reduction_factor=factor
-    )  # fmt: skip
+    first_rung = max(1, math.ceil(n_epochs / factor**brackets))
+    pruner = optuna.pruners.HyperbandPruner(first_rung, n_epochs, factor)
     startup = max(2, min(10, n_trials // brackets // 3))
 
     def sampler(number: int) -> optuna.samplers.BaseSampler:
@@ -142,7 +141,7 @@ def value_of(trial: FrozenTrial) -> float:
 
 
 def trials_frame(study: optuna.Study) -> pd.DataFrame:
-    """One row per finished trial, index ``trial``: its parameters, accuracies (0..1), whether pruned, epochs, seconds."""
+    """One row per finished trial, index ``trial``: parameters, accuracies (0..1), whether pruned, epochs, seconds."""
     rows = [
         {"trial": t.number, **t.params, "value": value_of(t), "val_accuracy": t.user_attrs["val_accuracy"],
          "test_accuracy": t.user_attrs["test_accuracy"], "pruned": t.state == TrialState.PRUNED,

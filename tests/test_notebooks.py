@@ -1,0 +1,99 @@
+"""The notebook contract. That the notebooks run and repeat their checked outputs is nbval's part (see the README)."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from sdgen_lib.settings import SHARED, Settings
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[0-7]_*.ipynb"))
+MICRO = dict(
+    dataset="digits:100", transfer_epochs=2, n_trials=4, num_images=40, classifier_epochs=3, classifier_seeds=2,
+    max_multiple=2, default_steps=5, steps_max=6, finetune_epochs=2,
+)  # fmt: skip
+
+
+def papermill(notebook: str, output: Path, cwd: Path, **parameters) -> subprocess.CompletedProcess:
+    """Runs a notebook as a user would, from ``cwd``."""
+    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", "-k", "python3", str(ROOT / "notebooks" / notebook), str(output)]
+    return subprocess.run([*command, *options], cwd=cwd, capture_output=True, text=True, timeout=900)
+
+
+def printed(notebook: Path) -> str:
+    """Everything that the cells of an executed notebook wrote to their streams."""
+    cells = nbformat.read(notebook, 4).cells
+    return "".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_all_eight_chapters_are_there():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{k:02d}" for k in range(8)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_contract(path):
+    cells = nbformat.read(path, 4).cells
+    assert cells[0].cell_type == "markdown" and "In this chapter" in cells[0].source
+    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    names = re.findall(r"^(\w+) = ", tagged[0].source, re.M)
+    assert tuple(names[:5]) == SHARED
+    assert set(names) <= set(Settings.__dataclass_fields__)
+    values = {}
+    exec(tagged[0].source, values)  # literal defaults, and None for the recipe's value
+    assert [values[n] for n in SHARED] == ["digits", "auto", "auto", 0, None]
+    assert all(values[n] is None for n in names[5:])
+    assert "learnt" in cells[-1].source and "## Try" in cells[-1].source
+    if path != NOTEBOOKS[-1]:
+        following = NOTEBOOKS[NOTEBOOKS.index(path) + 1].name
+        assert f"({following})" in cells[-1].source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_outputs_come_from_one_clean_run(path):
+    notebook = nbformat.read(path, 4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert not any("injected-parameters" in c.metadata.get("tags", []) for c in code)
+    outputs = [o for c in code for o in c.outputs]
+    assert not any(o.output_type == "error" for o in outputs)
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert not re.search(r"/(root|home|work|tmp|Users)/\w", json.dumps(outputs))
+    assert any("NBVAL_CHECK_OUTPUT" in c.source for c in code)
+    assert path.stat().st_size < 3 * 2**20
+
+
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        ({"datset": "digits"}, ["'datset'", "'dataset'"]),
+        ({"dataset": "digist"}, ["'digist'", "'digits'"]),
+        ({"recipe": "dmo"}, ["'dmo'", "'demo'"]),
+        ({"n_trials": 0}, ["n_trials", "0"]),
+    ],
+)
+def test_a_wrong_parameter_stops_the_notebook(tmp_path, parameters, words):
+    result = papermill("03_tune.ipynb", tmp_path / "out.ipynb", tmp_path, runs_dir=tmp_path / "runs", **parameters)
+    assert result.returncode != 0
+    errors = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", [])
+              if o.output_type == "error"]  # fmt: skip
+    assert [o.ename for o in errors] == ["ValueError"]
+    assert all(word in errors[0].evalue for word in words)
+
+
+def test_a_chapter_runs_alone_and_reuses_what_is_there(tmp_path):
+    first = papermill("03_tune.ipynb", tmp_path / "1.ipynb", tmp_path, runs_dir=tmp_path / "runs", **MICRO)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "Step 1: Class-Encoder" in printed(tmp_path / "1.ipynb") and "Step 2: the search" in printed(tmp_path / "1.ipynb")
+    checkpoints = sorted((tmp_path / "runs").rglob("*.safetensors"))
+    times = [path.stat().st_mtime_ns for path in checkpoints]
+    again = papermill("03_tune.ipynb", tmp_path / "2.ipynb", tmp_path, runs_dir=tmp_path / "runs", **MICRO)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "Step " not in printed(tmp_path / "2.ipynb")
+    assert [path.stat().st_mtime_ns for path in checkpoints] == times
