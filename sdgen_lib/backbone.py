@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -140,6 +141,7 @@ def load(name: str = "tiny", device: str | None = None, precision: str = "auto")
         if not (Path(source) / "unet" / "config.json").exists():
             raise FileNotFoundError(f"{source} is no diffusers folder: it has no unet/config.json. "
                                     "Give the folder that holds model_index.json.")  # fmt: skip
+    transformers.utils.logging.disable_progress_bar()  # of reading a file; downloads keep theirs
     weights = dict(torch_dtype=torch.float32, use_safetensors=True)
     try:
         parts = dict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -79,14 +80,15 @@ def accuracy(model: ResNet20, split: Split) -> float:
 
 def train_classifier(
     images: torch.Tensor, labels: torch.Tensor, val: Split, num_classes: int, *, width: int = 16, epochs: int = 100,
-    batch_size: int = 256, learning_rate: float = 1e-3, label_smoothing: float = 0.1, plateau_patience: int = 10,
-    stop_patience: int = 25, seed: int = 0, device: str = "cpu",
+    batch_size: int = 256, epoch_images: int = 1, learning_rate: float = 1e-3, label_smoothing: float = 0.1,
+    plateau_patience: int = 10, stop_patience: int = 25, seed: int = 0, device: str = "cpu",
     on_epoch: Callable[[int, ResNet20, float], None] | None = None,
 ) -> tuple[ResNet20, list[float]]:  # fmt: skip
     """Trains a ResNet20 from scratch by the paper's protocol (section 4), without augmentation.
 
     ``images`` uint8 (N, 3, H, W) and ``labels`` int64 (N,), real or generated; ``val`` real images, which set the
-    learning rate's plateaus (factor 0.1) and the early stopping. ``on_epoch(epoch, model, val accuracy)`` may raise
+    learning rate's plateaus (factor 0.1) and the early stopping. An epoch sees every image, those of a set smaller than
+    ``epoch_images`` several times, so that small sets are not also trained for fewer steps. ``on_epoch(epoch, model, val accuracy)`` may raise
     to stop (a search's pruner does). Returns the model with the weights of its best epoch, and the validation
     accuracy of every epoch.
     """
@@ -97,10 +99,12 @@ def train_classifier(
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=plateau_patience)
     images, labels = images.to(device), labels.to(device)
+    passes = max(1, math.ceil(epoch_images / len(images)))
     best, best_epoch, history = copy.deepcopy(model.state_dict()), 0, []
     for epoch in range(1, epochs + 1):
         model.train()
-        for rows in torch.randperm(len(images), generator=order).split(batch_size):
+        shuffled = torch.cat([torch.randperm(len(images), generator=order) for _ in range(passes)])
+        for rows in shuffled.split(batch_size):
             if len(rows) == 1 and len(images) > 1:  # batch normalisation needs two
                 continue
             loss = F.cross_entropy(model(images[rows]), labels[rows], label_smoothing=label_smoothing)

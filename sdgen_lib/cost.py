@@ -75,9 +75,12 @@ def estimate(
     steps = sum(space.IS if space else (s.steps_min, s.steps_max)) / 2
     sampling = 2 * steps * unit["pass"]
     if step in ("2_tune", "4_retune"):
-        return s.n_trials * s.num_images * (sampling + PRUNED_SHARE * s.classifier_epochs * unit["classifier"])
+        training = PRUNED_SHARE * s.classifier_epochs * max(s.num_images, s.classifier_epoch_images)
+        return s.n_trials * (s.num_images * sampling + training * unit["classifier"])
     sets = 1 + s.max_multiple * (s.max_multiple + 1) / 2  # classifiers see 1 + (1 + 2 + .. + K) times the real set
-    training = s.classifier_seeds * sets * s.classifier_epochs * num_train * unit["classifier"]
+    training = (
+        s.classifier_seeds * sets * s.classifier_epochs * max(num_train, s.classifier_epoch_images) * unit["classifier"]
+    )
     return s.max_multiple * num_train * sampling + training
 
 

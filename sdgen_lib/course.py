@@ -28,7 +28,8 @@ def classifier_options(settings: Settings) -> dict[str, Any]:
     """The keyword arguments of `classifier.train_classifier` that a run's settings fix."""
     return dict(
         width=settings.classifier_width, epochs=settings.classifier_epochs,
-        batch_size=settings.classifier_batch_size, learning_rate=settings.classifier_learning_rate,
+        batch_size=settings.classifier_batch_size, epoch_images=settings.classifier_epoch_images,
+        learning_rate=settings.classifier_learning_rate,
         label_smoothing=settings.label_smoothing, plateau_patience=settings.plateau_patience,
         stop_patience=settings.stop_patience, device=backbones.default_device(),
     )  # fmt: skip

@@ -16,6 +16,7 @@ import optuna
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import paper, runs, tune
 
@@ -108,6 +109,7 @@ def loss_curve(history: pd.DataFrame, title: str) -> Figure:
     }
     for column, (colour, line, name) in styles.items():
         ax.plot(history.index, history[column], line, color=colour, label=name)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="mean squared error of the noise", title=title)
     ax.legend()
     return figure
@@ -167,6 +169,8 @@ def slices(study: optuna.Study) -> Figure:
             part = frame[frame.pruned == pruned]
             ax.scatter(part[name], part.value, color=colour, s=30, alpha=0.8, label=label)
         ax.set(xlabel=LABELS[name])
+        if name != "UGS":
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         _cas_axis(ax)
     axes[0].set_ylabel("accuracy on real images")
     axes[0].legend(fontsize=8)

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ STEP_FIELDS = {
     "1_transfer": ("class_encoder_start", "transfer_epochs", "transfer_batch_size", "transfer_learning_rate",
                    "weight_decay", "clip_norm", "image_size"),
     "2_tune": ("unconditional", "sampler", "num_images", "steps_min", "steps_max", "guidance_max", "select_on",
-               "classifier_width", "classifier_epochs", "classifier_batch_size", "classifier_learning_rate",
+               "classifier_width", "classifier_epochs", "classifier_batch_size", "classifier_epoch_images", "classifier_learning_rate",
                "label_smoothing", "plateau_patience", "stop_patience"),
     "3_finetune": ("finetune_epochs", "finetune_batch_size", "finetune_learning_rate", "weight_decay", "clip_norm"),
     "4_retune": ("num_images",),
@@ -45,9 +44,7 @@ def default_runs_dir() -> Path:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``; what was written there replaces ``path`` at the end, at once, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         with open(temporary, "rb") as file:

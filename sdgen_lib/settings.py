@@ -64,6 +64,7 @@ class Settings:
     label_smoothing: float = 0.1
     plateau_patience: int = 10
     stop_patience: int = 25
+    classifier_epoch_images: int = 1  # an epoch of a smaller set passes over it as often as it takes to see so many
     classifier_seeds: int = 1  # classifiers trained on each set of the tables
 
     # Step 5: synthetic sets of 1 to max_multiple times the real one.
@@ -90,6 +91,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         class_encoder_start="empty_prompt", transfer_epochs=24, transfer_batch_size=32, transfer_learning_rate=3e-3,
         finetune_epochs=12, finetune_learning_rate=1e-4, weight_decay=0.0,
         n_trials=16, num_images=500, steps_max=20, classifier_epochs=30, classifier_batch_size=64,
+        classifier_epoch_images=500,
         plateau_patience=6, stop_patience=15, classifier_seeds=3, max_multiple=3,
     ),
 }  # fmt: skip

@@ -81,8 +81,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.T
 
 def fit(
     trainable: nn.Module, backbone: Backbone, class_encoder: ClassEncoder, train: Latents, held_out: Latents,
-    folder: Path, *, epochs: int, batch_size: int, learning_rate: float, weight_decay: float, clip_norm: float, seed: int,
-    unconditional: str = "zero", title: str = "training",
+    folder: Path, *, epochs: int, batch_size: int, learning_rate: float, weight_decay: float, clip_norm: float,
+    seed: int, unconditional: str = "zero", title: str = "training",
 ) -> pd.DataFrame:  # fmt: skip
     """Trains ``trainable`` (the Class-Encoder, or the backbone's UNet) with the diffusion loss; the rest stays frozen.
 
@@ -134,7 +134,7 @@ def fit(
             losses += loss.detach().cpu() * len(rows) / n
         if not torch.isfinite(losses):
             raise FloatingPointError(
-                f"The loss of {title}, epoch {epoch}, is {float(losses)}: lower the learning rate, now {learning_rate:g}. "
+                f"Loss of {title}, epoch {epoch}, is {float(losses)}: lower the learning rate of {learning_rate:g}. "
                 f"The checkpoints of earlier epochs are in {folder.name}/."
             )
         away_from = class_encoder.unconditional(unconditional, empty_prompt)

@@ -67,6 +67,7 @@ def plan(
 
 def open_study(path: Path, name: str) -> optuna.Study:
     """The study ``name`` in the journal file ``path``, made if missing: any process may read it while it runs."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress bar says it better
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -86,7 +87,6 @@ def search(
     recorded beside it either way. The accuracy of every classifier epoch is reported, and the pruner ends the trials
     that fall behind. ``on_trial(study)`` is called after each.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruner, sampler = plan(n_trials, classifier_options["epochs"], seed)
 
     def objective(trial: optuna.Trial) -> float:

@@ -1,0 +1,133 @@
+"""What several rooms' tests need: the tiny model, a model whose right answers are known, a finished micro run."""
+
+import copy
+import dataclasses
+import types
+
+import optuna
+import pytest
+import torch
+
+from sdgen_lib import backbone, classifier, cost, settings
+from sdgen_lib import course as courses
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The shipped tiny model on the CPU in float32: tests compare to rounding."""
+    return backbone.load("tiny", device="cpu", precision="fp32")
+
+
+@pytest.fixture
+def tiny_copy(tiny):
+    """The tiny model with a UNet of its own, which a test may change."""
+    return dataclasses.replace(tiny, unet=copy.deepcopy(tiny.unet))
+
+
+def predict_of_flat_images(alphas_cumprod):
+    """The exact noise of noisy flat images: the context (B, 1, 4) holds the value of each latent channel."""
+
+    def predict_noise(latents, t, context):
+        alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (latents - alpha_bar.sqrt() * context.view(-1, 4, 1, 1)) / (1 - alpha_bar).sqrt()
+
+    return predict_noise
+
+
+@pytest.fixture
+def flat_model():
+    """Stands for a backbone that knows everything about its data: images of one value per channel, set by the context.
+
+    Latents are (4, 2, 2), contexts (1, 4), ten timesteps whose alpha_bar is 0.5: an error e of a channel's value
+    costs exactly e squared in the loss.
+    """
+    alphas_cumprod = torch.full((10,), 0.5)
+    return types.SimpleNamespace(
+        alphas_cumprod=alphas_cumprod, predict_noise=predict_of_flat_images(alphas_cumprod), device="cpu",
+        text_context=lambda prompts: torch.zeros(len(prompts), 1, 4),
+    )  # fmt: skip
+
+
+MICRO = dict(
+    dataset="digits:100", backbone="tiny", recipe="demo", precision="fp32", transfer_epochs=2, finetune_epochs=2,
+    n_trials=4, num_images=40, classifier_epochs=3, classifier_seeds=2, max_multiple=2, default_steps=5, steps_max=6,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def micro():
+    """``micro(runs_dir, **changes)`` -> the settings of the smallest run that passes through every step."""
+    return lambda runs_dir, **changes: settings.resolve(**{**MICRO, "runs_dir": str(runs_dir), **changes})
+
+
+@dataclasses.dataclass
+class Finished:
+    """A micro run through every step: its folder's base, results, and the work that each step really did.
+
+    ``work[step]`` counts images: "pass" through the UNet without a gradient, "trained" through it with one,
+    "classifier" through a classifier in training.
+    """
+
+    runs_dir: str
+    course: courses.Course
+    rows: dict
+    scaling: dict
+    work: dict
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, micro):
+    runs_dir = tmp_path_factory.mktemp("runs")
+    course = courses.Course(micro(runs_dir))
+    cost.measure(course)  # now, so that its own passes are not counted
+    work, now = {}, {}
+    predict_noise, forward = backbone.Backbone.predict_noise, classifier.ResNet20.forward
+
+    def counted_predict(self, latents, t, context):
+        now["trained" if torch.is_grad_enabled() else "pass"] += len(latents)
+        return predict_noise(self, latents, t, context)
+
+    def counted_forward(self, images):
+        now["classifier"] += len(images) if self.training else 0
+        return forward(self, images)
+
+    def counted(step, call):
+        nonlocal now
+        now = work[step] = {"pass": 0, "trained": 0, "classifier": 0}
+        return call()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone.Backbone, "predict_noise", counted_predict)
+        patch.setattr(classifier.ResNet20, "forward", counted_forward)
+        for step, call in (("1_transfer", course.transfer), ("2_tune", course.search),
+                           ("3_finetune", course.finetune), ("4_retune", course.research)):  # fmt: skip
+            counted(step, call)
+        rows = counted("table 1", lambda: {row: course.cas(row) for row in courses.ROWS})
+        scaling = counted("5_datasets", course.scaling)
+    return Finished(str(runs_dir), course, rows, scaling, work)
+
+
+DISTRIBUTIONS = {
+    "IS": optuna.distributions.IntDistribution(1, 101),
+    "UGS": optuna.distributions.FloatDistribution(0.0, 1.0),
+    "epoch": optuna.distributions.IntDistribution(1, 10),
+}
+
+
+@pytest.fixture
+def study_of():
+    """``study_of(rows)`` -> a study of trials made by hand, from rows (IS, UGS, epoch, value, pruned)."""
+
+    def make(rows, distributions=DISTRIBUTIONS, name="by hand"):
+        study = optuna.create_study(direction="maximize", study_name=name)
+        for steps, guidance, epoch, value, pruned in rows:
+            state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE
+            study.add_trial(optuna.trial.create_trial(
+                params={"IS": steps, "UGS": guidance, "epoch": epoch}, distributions=distributions, state=state,
+                value=None if pruned else value,
+                user_attrs={"value": value, "val_accuracy": value, "test_accuracy": value / 2,
+                            "classifier_epochs": 3 if pruned else 9, "seconds": 1.5},
+            ))  # fmt: skip
+        return study
+
+    return make

@@ -1,0 +1,70 @@
+"""The Class-Encoder is one linear map, and nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from sdgen_lib.class_encoder import ClassEncoder
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return ClassEncoder(num_classes=3, tokens=2, width=5)
+
+
+def by_hand(encoder, vectors):
+    """vectors (B, C) -> (B, tokens, width), by numpy from the stored weights."""
+    weight, bias = encoder.linear.weight.detach().numpy(), encoder.linear.bias.detach().numpy()
+    return (vectors @ weight.T + bias).reshape(len(vectors), encoder.tokens, encoder.width)
+
+
+def test_it_is_a_matrix_product(encoder):
+    vectors = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    with torch.no_grad():
+        found = encoder(torch.from_numpy(vectors))
+    assert found.shape == (4, 2, 5)
+    np.testing.assert_allclose(found.numpy(), by_hand(encoder, vectors), atol=1e-6)
+
+
+def test_contexts_are_those_of_the_one_hot_vectors(encoder):
+    contexts = encoder.contexts()
+    np.testing.assert_allclose(contexts.detach().numpy(), by_hand(encoder, np.eye(3, dtype=np.float32)), atol=1e-6)
+    contexts[1].sum().backward()
+    assert encoder.linear.weight.grad[:, 1].abs().min() == 1  # class 1's column, and it alone, has a gradient
+    assert encoder.linear.weight.grad[:, [0, 2]].abs().max() == 0
+
+
+def test_nothing_but_one_weight_and_one_bias(encoder):
+    assert {name: tuple(p.shape) for name, p in encoder.named_parameters()} == {
+        "linear.weight": (10, 3), "linear.bias": (10,),
+    }  # fmt: skip
+
+
+def test_a_start_context_is_every_classs_first(encoder):
+    start = torch.arange(10.0).view(2, 5)
+    begun = ClassEncoder(3, 2, 5, start)
+    for context in begun.contexts().detach():
+        assert torch.equal(context, start)
+    start.zero_()  # the encoder holds a copy
+    assert begun.contexts().detach().sum() == 3 * 45
+    spread = encoder.contexts().detach()
+    assert not torch.equal(spread[0], spread[1])  # without a start the classes differ
+
+
+def test_the_three_unconditional_contexts(encoder):
+    zero = by_hand(encoder, np.zeros((1, 3), np.float32))[0]
+    np.testing.assert_allclose(encoder.unconditional("zero").detach().numpy(), zero, atol=1e-6)
+    mean = by_hand(encoder, np.eye(3, dtype=np.float32)).mean(0)
+    np.testing.assert_allclose(encoder.unconditional("class_mean").detach().numpy(), mean, atol=1e-6)
+    assert np.abs(mean - zero).max() > 0.01
+    empty = torch.full((2, 5), 3.0, dtype=torch.float64)
+    found = encoder.unconditional("empty_prompt", empty)
+    assert found.dtype == torch.float32 and torch.equal(found, empty.float())
+
+
+def test_unconditional_errors(encoder):
+    with pytest.raises(ValueError, match="needs the text encoder's context"):
+        encoder.unconditional("empty_prompt")
+    with pytest.raises(ValueError, match="Unknown unconditional context 'zeros'.*class_mean"):
+        encoder.unconditional("zeros")

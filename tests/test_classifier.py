@@ -1,0 +1,177 @@
+"""ResNet20 as in its paper, and its training by the protocol."""
+
+import pytest
+import torch
+
+from sdgen_lib import classifier, data
+from sdgen_lib.data import Split
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def expected_count(classes, w):
+    """Convolutions 9 in out, normalisation 2 each; 1 + 18 of them; a linear head."""
+    stem = 3 * w * 9 + 2 * w
+    stages = sum(
+        before * after * 9 + 2 * after + 5 * (after * after * 9 + 2 * after)
+        for before, after in ((w, w), (w, 2 * w), (2 * w, 4 * w))
+    )
+    return stem + stages + 4 * w * classes + classes
+
+
+@pytest.mark.parametrize(
+    ("classes", "width", "millions"), [(10, 16, 0.27), (10, 64, 4.29), (2, 16, 0.27), (9, 8, 0.07)]
+)
+def test_parameters(classes, width, millions):
+    model = classifier.ResNet20(classes, width)
+    assert count(model) == expected_count(classes, width)
+    assert round(count(model) / 1e6, 2) == millions
+
+
+def test_twenty_layers_with_weights():
+    model = classifier.ResNet20(10)
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert len(layers) == 20
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(4, 1), (8, 2)])
+def test_a_block_that_adds_nothing_is_its_shortcut(channels, stride):
+    block = classifier.Block(4, channels, stride)
+    torch.nn.init.zeros_(block.norm2.weight)
+    x = torch.randn(2, 4, 6, 6)
+    found = block(x)
+    assert found.shape == (2, channels, 6 // stride, 6 // stride)
+    assert torch.equal(found[:, :4], x[:, :, ::stride, ::stride].clamp(min=0))
+    assert (found[:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("size", [8, 16, 28, 32])
+def test_any_size(size):
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
+    assert classifier.ResNet20(7)(images).shape == (3, 7)
+
+
+def test_accuracy_and_predict():
+    """A model that answers with the brightest colour channel."""
+
+    class Brightest(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, images):
+            return images.float().mean((2, 3))
+
+    images = torch.zeros(7, 3, 8, 8, dtype=torch.uint8)
+    images[torch.arange(7), torch.tensor([0, 1, 2, 0, 1, 2, 2])] = 200
+    assert classifier.predict(Brightest(), images, batch_size=3).tolist() == [0, 1, 2, 0, 1, 2, 2]
+    assert classifier.accuracy(Brightest(), Split(images, torch.tensor([0, 1, 2, 0, 0, 0, 2]))) == pytest.approx(5 / 7)
+
+
+def test_it_learns_the_digits():
+    digits = data.load("digits")
+    found = classifier.score(
+        digits.train.images, digits.train.labels, digits.val, digits.test, 10, epochs=15, batch_size=64
+    )
+    assert found.test_accuracy > 0.95 and found.val_accuracy > 0.95
+    assert 1 <= found.best_epoch <= found.epochs == 15
+
+
+@pytest.fixture(scope="module")
+def small():
+    return data.load("digits:100", image_size=8)
+
+
+def train_small(small, **options):
+    return classifier.train_classifier(
+        small.train.images, small.train.labels, small.val, 10, **{"width": 4, "epochs": 6, "batch_size": 32, **options}
+    )
+
+
+def test_the_best_epochs_weights_come_back(small):
+    """At a high learning rate the accuracy goes up and down."""
+    states, accuracies = [], []
+
+    def on_epoch(epoch, model, value):
+        assert epoch == len(states) + 1
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        accuracies.append(value)
+
+    model, history = train_small(small, epochs=12, learning_rate=0.1, on_epoch=on_epoch)
+    best = history.index(max(history))
+    assert history == accuracies and best < 11  # the last epoch is not the best: there is something to restore
+    assert all(torch.equal(v, states[best][k]) for k, v in model.state_dict().items())
+    assert classifier.accuracy(model, small.val) == max(history)
+
+
+def test_score_reports_that_epoch(small):
+    found = classifier.score(small.train.images, small.train.labels, small.val, small.test, 10, width=4, epochs=12,
+                             batch_size=32, learning_rate=0.1)  # fmt: skip
+    model, history = train_small(small, epochs=12, learning_rate=0.1)
+    assert found == classifier.Score(
+        max(history), classifier.accuracy(model, small.test), history.index(max(history)) + 1, 12
+    )
+
+
+def test_early_stopping_and_plateau(small, monkeypatch):
+    """Validation labels that are never predicted: the accuracy stays 0, the first epoch remains the best."""
+    never = Split(small.val.images[:10], torch.full((10,), 10))
+    rates, step = [], torch.optim.Adam.step
+
+    def watched(self, *args, **options):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    _, history = classifier.train_classifier(
+        small.train.images, small.train.labels, never, 11, width=4, epochs=30, batch_size=100, learning_rate=1e-3,
+        plateau_patience=3, stop_patience=7,
+    )  # fmt: skip
+    assert history == [0.0] * 8  # the best one and seven more
+    # One step an epoch. Epoch 1 sets the best; after 3 epochs without a better one, the fourth lowers the rate.
+    assert rates == pytest.approx([1e-3] * 5 + [1e-4] * 3)
+
+
+def test_the_seed_decides_and_nothing_else(small):
+    torch.manual_seed(1)
+    model, history = train_small(small, epochs=2, seed=5)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    again, same = train_small(small, epochs=2, seed=5)
+    assert history == same
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+    other, _ = train_small(small, epochs=2, seed=6)
+    assert not torch.equal(other.head.weight, model.head.weight)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are left alone
+
+
+def test_on_epoch_can_stop(small):
+    class Stop(Exception):
+        pass
+
+    seen = []
+
+    def on_epoch(epoch, model, value):
+        seen.append(epoch)
+        if epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_small(small, on_epoch=on_epoch)
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(33, 32), (5, 1), (1, 8)])
+def test_a_last_batch_of_one_image_is_no_obstacle(small, images, batch_size):
+    part = small.train.take(range(images))
+    model, history = classifier.train_classifier(
+        part.images, part.labels, small.val, 10, width=4, epochs=1, batch_size=batch_size
+    )
+    assert len(history) == 1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        untrained = classifier.ResNet20(10, 4)
+    assert not torch.equal(model.head.weight, untrained.head.weight)  # it has trained at all

@@ -1,0 +1,277 @@
+"""The search: its plan, that it finds what is there, prunes, goes on after a stop; and the importances."""
+
+import math
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from sdgen_lib import classifier, data, tune
+
+SPACE = tune.Space((5, 20), (0.0, 7.5), (1, 4))
+
+
+# --- the plan ---
+
+
+@pytest.mark.parametrize(
+    ("n_trials", "n_epochs", "brackets"),
+    [(16, 30, 1), (50, 100, 2), (2, 1, 1), (20, 40, 1), (4, 3, 1), (60, 27, 3), (100, 9, 2), (40, 81, 2), (10, 2, 1)],
+)
+def test_plan(n_trials, n_epochs, brackets):
+    """One bracket for every 20 trials at most, and in each fewer start-up trials than trials."""
+    pruner, sampler = tune.plan(n_trials, n_epochs, seed=0)
+    pruner._try_initialization(None)  # Optuna counts the brackets at the first report
+    assert pruner._n_brackets == brackets
+    assert sampler(0)._n_startup_trials < max(3, n_trials / brackets)
+    assert sampler(0)._n_startup_trials <= 10
+
+
+@pytest.mark.parametrize(("n_trials", "n_epochs"), [(16, 30), (50, 100), (20, 40), (60, 27), (100, 9), (4, 3)])
+def test_no_rung_lies_at_the_last_epoch(n_trials, n_epochs):
+    """A trial that has trained to the end costs what a complete one costs: pruning it there would only hide it."""
+    pruner, _ = tune.plan(n_trials, n_epochs, seed=0)
+    pruner._try_initialization(None)
+    rungs = {pruner._min_resource * 3 ** (bracket + k) for bracket in range(pruner._n_brackets) for k in range(9)}
+    assert n_epochs not in rungs and min(rungs) < n_epochs
+
+
+def test_the_sampler_of_a_trial_depends_on_seed_and_number():
+    def first(seed, number):
+        study = optuna.create_study(sampler=tune.plan(16, 30, seed)[1](number))
+        return study.ask().suggest_float("UGS", 0, 7.5)
+
+    assert first(0, 3) == first(0, 3)
+    assert len({first(seed, number) for seed in (0, 1) for number in range(5)}) == 10
+
+
+def test_space_after():
+    """Step 4 of the paper: IS up to the best, UGS up to twice the best, the epochs of the fine-tuning."""
+    best = {"IS": 12, "UGS": 2.5, "epoch": 3}
+    assert SPACE.after(best, epochs=10) == tune.Space((5, 12), (0.0, 5.0), (1, 10))
+    assert SPACE.after({**best, "IS": 5, "UGS": 0.0}, 2) == tune.Space((5, 5), (0.0, 1.0), (1, 2))
+
+
+# --- the search, with a classifier whose accuracy is a formula ---
+
+
+@pytest.fixture
+def formula(monkeypatch):
+    """Accuracy after classifier epoch e: highest at UGS 2, growing with e; on the test set half of it."""
+    state = {"classifier epochs": 0}
+
+    def images_of(steps, guidance, epoch):
+        return torch.tensor([steps, guidance, epoch], dtype=torch.float64)
+
+    def train_classifier(images, labels, val, num_classes, *, epochs, seed, on_epoch):
+        history = []
+        for epoch in range(1, epochs + 1):
+            state["classifier epochs"] += 1
+            history.append(math.exp(-((float(images[1]) - 2) ** 2) / 4) * epoch / epochs)
+            on_epoch(epoch, history[-1], history[-1])
+        return None, history
+
+    monkeypatch.setattr(classifier, "train_classifier", train_classifier)
+    monkeypatch.setattr(classifier, "accuracy", lambda model, split: model / 2)
+    return images_of, state
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits:100", image_size=8)
+
+
+def search(study, images_of, digits, n_trials=40, epochs=9, **changes):
+    options = {"n_trials": n_trials, "select_on": "val", "seed": 0, "classifier_options": {"epochs": epochs}, **changes}
+    return tune.search(study, SPACE, images_of, digits.train.labels, digits, **options)
+
+
+def records(study):
+    """What every finished trial was and gave, without clocks."""
+    clocks = ("seconds", "generation_seconds")
+    return [(t.params, t.state, t.intermediate_values, {k: v for k, v in t.user_attrs.items() if k not in clocks})
+            for t in study.get_trials(deepcopy=False, states=tune.FINISHED)]  # fmt: skip
+
+
+def test_the_search_finds_the_best_guidance_prunes_and_takes_notes(tmp_path, formula, digits):
+    images_of, state = formula
+    study = tune.open_study(tmp_path / "journal.log", "step 2")
+    shown = []
+    search(study, images_of, digits, on_trial=lambda study: shown.append(len(study.trials)))
+    assert shown == list(range(1, 41))
+    assert abs(study.best_params["UGS"] - 2) < 0.3 and study.best_value > 0.95
+    frame = tune.trials_frame(study)
+    assert list(frame.index) == list(range(40))
+    assert frame.IS.between(5, 20).all() and frame.UGS.between(0, 7.5).all() and frame.epoch.between(1, 4).all()
+    assert 5 <= frame.pruned.sum() <= 35
+    assert frame.classifier_epochs[~frame.pruned].eq(9).all() and frame.classifier_epochs[frame.pruned].lt(9).all()
+    assert frame.classifier_epochs.sum() == state["classifier epochs"]
+    expected = np.exp(-((frame.UGS - 2) ** 2) / 4) * frame.classifier_epochs / 9
+    np.testing.assert_allclose(frame.value, expected)
+    np.testing.assert_allclose(frame.val_accuracy, expected)
+    np.testing.assert_allclose(frame.test_accuracy, expected / 2)
+    later = frame.iloc[20:]  # the sampler has learnt where to look: at random, 0.27 would lie so near
+    assert ((later.UGS - 2).abs() < 1).mean() > 0.5
+    for trial in study.trials:
+        assert {"generation_seconds", "seconds", "classifier_epochs"} <= set(trial.user_attrs)
+
+
+def test_selecting_on_the_test_set(tmp_path, formula, digits):
+    study = tune.open_study(tmp_path / "journal.log", "step 2")
+    search(study, formula[0], digits, n_trials=5, select_on="test")
+    frame = tune.trials_frame(study)
+    np.testing.assert_allclose(frame.value, frame.test_accuracy)
+    np.testing.assert_allclose(frame.val_accuracy, 2 * frame.test_accuracy)
+
+
+def test_two_searches_of_one_seed_are_the_same(tmp_path, formula, digits):
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        study = tune.open_study(tmp_path / f"{name}.log", "step 2")
+        found.append(records(search(study, formula[0], digits, n_trials=12, seed=seed)))
+    assert found[0] == found[1] != found[2]
+
+
+class Killed(BaseException):
+    """What a killed process looks like from inside: nothing catches it."""
+
+
+@pytest.mark.parametrize(
+    ("n_trials", "stop", "where"),
+    [(16, KeyboardInterrupt, "generating"), (16, Killed, "classifier"), (40, Killed, "generating")],
+)
+def test_a_stopped_search_goes_on_as_an_unbroken_one(tmp_path, formula, digits, monkeypatch, n_trials, stop, where):
+    """Killed, or interrupted by the user, twice; each time a new process goes on. 40 trials are two brackets."""
+    images_of, state = formula
+    expected = records(search(tune.open_study(tmp_path / "whole.log", "step 2"), images_of, digits, n_trials))
+    train_classifier, begun, stops = classifier.train_classifier, [], [9, 12]  # stops in these trials or later
+
+    def stop_now(place):
+        if place == where and stops and len(begun) >= stops[0]:
+            stops.pop(0)
+            raise stop
+
+    def images_or_stop(*point):
+        begun.append(point)
+        stop_now("generating")
+        return images_of(*point)
+
+    def train_or_stop(images, *args, on_epoch, **options):
+        def on_epoch_or_stop(number, model, value):
+            on_epoch(number, model, value)
+            if number == 4:  # it has passed the first rung
+                stop_now("classifier")
+
+        return train_classifier(images, *args, on_epoch=on_epoch_or_stop, **options)
+
+    monkeypatch.setattr(classifier, "train_classifier", train_or_stop)
+    for _ in range(3):
+        study = tune.open_study(tmp_path / "stopped.log", "step 2")
+        try:
+            search(study, images_or_stop, digits, n_trials)
+        except stop:
+            continue
+    found = records(tune.open_study(tmp_path / "stopped.log", "step 2"))
+    assert [r[0] for r in found] == [r[0] for r in expected]  # the same points, none lost, none twice
+    assert found == expected
+    assert not stops and len(begun) == n_trials + 2  # only what was stopped ran again
+
+
+def test_a_trial_that_a_killed_process_left_running_is_failed(tmp_path, formula, digits):
+    study = tune.open_study(tmp_path / "journal.log", "step 2")
+    stale = study.ask()
+    stale.suggest_float("UGS", 0, 7.5)
+    search(tune.open_study(tmp_path / "journal.log", "step 2"), formula[0], digits, n_trials=3)
+    states = [t.state for t in tune.open_study(tmp_path / "journal.log", "step 2").trials]
+    assert TrialState.RUNNING not in states
+    assert sum(state in tune.FINISHED for state in states) == 3
+
+
+def test_a_finished_search_does_nothing_more_and_a_longer_one_goes_on(tmp_path, formula, digits):
+    images_of, state = formula
+    study = search(tune.open_study(tmp_path / "journal.log", "step 2"), images_of, digits, n_trials=4)
+    before, work = records(study), state["classifier epochs"]
+    search(tune.open_study(tmp_path / "journal.log", "step 2"), images_of, digits, n_trials=4)
+    assert state["classifier epochs"] == work
+    longer = records(search(tune.open_study(tmp_path / "journal.log", "step 2"), images_of, digits, n_trials=6))
+    assert longer[:4] == before and len(longer) == 6
+
+
+def test_two_studies_do_not_mix(tmp_path, formula, digits):
+    search(tune.open_study(tmp_path / "journal.log", "step 2"), formula[0], digits, n_trials=3)
+    assert len(tune.open_study(tmp_path / "journal.log", "step 4").trials) == 0
+
+
+def test_a_search_with_real_classifiers(tmp_path, digits):
+    """No diffusion: real digits drown in noise the farther UGS is from 2."""
+    generator = torch.Generator().manual_seed(0)
+
+    def images_of(steps, guidance, epoch):
+        share = math.exp(-abs(guidance - 2))
+        noise = torch.randint(0, 256, digits.train.images.shape, generator=generator, dtype=torch.uint8)
+        return (share * digits.train.images + (1 - share) * noise).to(torch.uint8)
+
+    study = tune.open_study(tmp_path / "journal.log", "step 2")
+    options = dict(width=8, epochs=8, batch_size=16, learning_rate=3e-3, plateau_patience=9, stop_patience=9)
+    search(study, images_of, digits, n_trials=12, classifier_options=options)
+    frame = tune.trials_frame(study)
+    assert abs(study.best_params["UGS"] - 2) < 1.3
+    assert study.best_value > 0.6 and frame.value.min() < 0.4
+    assert frame.pruned.any() and not frame.pruned.all()
+    assert frame.test_accuracy.corr(frame.val_accuracy) > 0.9 and (frame.test_accuracy != frame.val_accuracy).any()
+
+
+# --- trials and importances ---
+
+
+def test_trials_frame(study_of):
+    frame = tune.trials_frame(study_of([(10, 0.5, 1, 0.8, False), (20, 0.25, 2, 0.3, True)]))
+    assert frame.index.name == "trial" and frame.index.tolist() == [0, 1]
+    assert frame.loc[1].to_dict() == {
+        "IS": 20, "UGS": 0.25, "epoch": 2, "value": 0.3, "val_accuracy": 0.3, "test_accuracy": 0.15, "pruned": True,
+        "classifier_epochs": 3, "seconds": 1.5,
+    }  # fmt: skip
+
+
+def random_rows(value, count=300, prune=0):
+    random = np.random.default_rng(0)
+    for k in range(count):
+        steps, guidance, epoch = int(random.integers(1, 102)), random.random(), int(random.integers(1, 11))
+        yield steps, guidance, epoch, value((steps - 1) / 100, guidance, (epoch - 1) / 9), k < prune
+
+
+@pytest.mark.parametrize("prune", [0, 150])
+def test_importances_of_a_sum(study_of, prune):
+    """Of a + 3 b the variances are 1 : 9. Pruned trials count like the others."""
+    found = tune.importances(study_of(random_rows(lambda a, b, c: a + 3 * b, prune=prune)))
+    assert list(found.index) == ["IS", "UGS", "epoch"] and found.name == "by hand"
+    assert found.sum() == pytest.approx(1)
+    assert found.to_dict() == pytest.approx({"IS": 0.1, "UGS": 0.9, "epoch": 0.0}, abs=0.05)
+
+
+def test_importances_repeat_themselves(study_of):
+    study = study_of(random_rows(lambda a, b, c: a + b + c, count=40))
+    assert tune.importances(study).equals(tune.importances(study))
+
+
+def test_a_parameter_with_one_value_has_no_importance(study_of):
+    distributions = {
+        "IS": optuna.distributions.IntDistribution(5, 5), "UGS": optuna.distributions.FloatDistribution(0, 1),
+        "epoch": optuna.distributions.IntDistribution(1, 10),
+    }  # fmt: skip
+    rows = [(5, u, e, u, False) for u, e in np.random.default_rng(0).uniform((0, 1), (1, 10), (40, 2)).tolist()]
+    found = tune.importances(study_of([(i, u, int(e), v, p) for i, u, e, v, p in rows], distributions))
+    assert found["IS"] == 0 and found["UGS"] > 0.8 and found.sum() == pytest.approx(1)
+
+
+def test_without_variance_there_is_nothing_to_share_out(study_of):
+    assert tune.importances(study_of(random_rows(lambda a, b, c: 0.5, count=10))).isna().all()
+
+
+def test_importances_need_four_trials(study_of):
+    rows = list(random_rows(lambda a, b, c: a + b, count=4))
+    with pytest.raises(ValueError, match="at least 4 finished trials, and this search has 3"):
+        tune.importances(study_of(rows[:3]))
+    assert tune.importances(study_of(rows)).sum() == pytest.approx(1)
