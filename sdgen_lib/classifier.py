@@ -88,9 +88,9 @@ def train_classifier(
 
     ``images`` uint8 (N, 3, H, W) and ``labels`` int64 (N,), real or generated; ``val`` real images, which set the
     learning rate's plateaus (factor 0.1) and the early stopping. An epoch sees every image, those of a set smaller than
-    ``epoch_images`` several times, so that small sets are not also trained for fewer steps. ``on_epoch(epoch, model, val accuracy)`` may raise
-    to stop (a search's pruner does). Returns the model with the weights of its best epoch, and the validation
-    accuracy of every epoch.
+    ``epoch_images`` several times, so that small sets are not also trained for fewer steps. ``on_epoch(epoch, model,
+    val accuracy)`` may raise to stop (a search's pruner does). Returns the model with the weights of its best epoch,
+    and the validation accuracy of every epoch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

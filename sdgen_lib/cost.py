@@ -78,10 +78,8 @@ def estimate(
         training = PRUNED_SHARE * s.classifier_epochs * max(s.num_images, s.classifier_epoch_images)
         return s.n_trials * (s.num_images * sampling + training * unit["classifier"])
     sets = 1 + s.max_multiple * (s.max_multiple + 1) / 2  # classifiers see 1 + (1 + 2 + .. + K) times the real set
-    training = (
-        s.classifier_seeds * sets * s.classifier_epochs * max(num_train, s.classifier_epoch_images) * unit["classifier"]
-    )
-    return s.max_multiple * num_train * sampling + training
+    training = s.classifier_seeds * sets * s.classifier_epochs * max(num_train, s.classifier_epoch_images)
+    return s.max_multiple * num_train * sampling + training * unit["classifier"]
 
 
 def readable(seconds: float) -> str:

@@ -25,8 +25,8 @@ STEP_FIELDS = {
     "1_transfer": ("class_encoder_start", "transfer_epochs", "transfer_batch_size", "transfer_learning_rate",
                    "weight_decay", "clip_norm", "image_size"),
     "2_tune": ("unconditional", "sampler", "num_images", "steps_min", "steps_max", "guidance_max", "select_on",
-               "classifier_width", "classifier_epochs", "classifier_batch_size", "classifier_epoch_images", "classifier_learning_rate",
-               "label_smoothing", "plateau_patience", "stop_patience"),
+               "classifier_width", "classifier_epochs", "classifier_batch_size", "classifier_epoch_images",
+               "classifier_learning_rate", "label_smoothing", "plateau_patience", "stop_patience"),
     "3_finetune": ("finetune_epochs", "finetune_batch_size", "finetune_learning_rate", "weight_decay", "clip_norm"),
     "4_retune": ("num_images",),
     "5_datasets": (),
@@ -106,7 +106,7 @@ class Run:
         if record is None:
             return False
         for name in STEP_FIELDS[step]:
-            was, now = record["settings"][name], getattr(self.settings, name)
+            was, now = record["settings"].get(name), getattr(self.settings, name)
             if name in self.settings.given and was != now:
                 raise ValueError(
                     f"{name}={now!r} was asked for, but {step} of this run was made with {name}={was!r}. "

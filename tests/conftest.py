@@ -50,7 +50,8 @@ def flat_model():
 
 MICRO = dict(
     dataset="digits:100", backbone="tiny", recipe="demo", precision="fp32", transfer_epochs=2, finetune_epochs=2,
-    n_trials=4, num_images=40, classifier_epochs=3, classifier_seeds=2, max_multiple=2, default_steps=5, steps_max=6,
+    n_trials=4, num_images=40, classifier_epochs=3, classifier_seeds=2, classifier_epoch_images=1, max_multiple=2,
+    default_steps=5, steps_max=6,
 )  # fmt: skip
 
 

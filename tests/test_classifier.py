@@ -164,6 +164,24 @@ def test_on_epoch_can_stop(small):
     assert seen == [1, 2]
 
 
+@pytest.mark.parametrize(("epoch_images", "passes"), [(1, 1), (10, 1), (11, 2), (25, 3), (30, 3)])
+def test_an_epoch_passes_over_a_small_set_several_times(small, monkeypatch, epoch_images, passes):
+    """Ten images, each known by its own brightness."""
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 8, 8).contiguous()
+    seen, forward = [], classifier.ResNet20.forward
+
+    def watched(self, images):
+        seen.extend(images[:, 0, 0, 0].tolist() if self.training else [])
+        return forward(self, images)
+
+    monkeypatch.setattr(classifier.ResNet20, "forward", watched)
+    classifier.train_classifier(
+        images, torch.arange(10), small.val, 10, width=4, epochs=2, batch_size=10, epoch_images=epoch_images
+    )
+    assert len(seen) == 2 * 10 * passes
+    assert all(sorted(seen[k : k + 10]) == list(range(10)) for k in range(0, len(seen), 10))
+
+
 @pytest.mark.parametrize(("images", "batch_size"), [(33, 32), (5, 1), (1, 8)])
 def test_a_last_batch_of_one_image_is_no_obstacle(small, images, batch_size):
     part = small.train.take(range(images))

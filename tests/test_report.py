@@ -19,7 +19,8 @@ TUNED = {"IS": 12, "UGS": 1.23456, "transfer_epoch": 20, "finetune_epoch": 7}
 
 
 def row(point, test, **changes):
-    return {"point": point, "test": test, "val": test, "seconds": 12.34, "num_images": 500, "select_on": "val", **changes}
+    facts = {"point": point, "test": test, "val": test, "seconds": 12.34, "num_images": 500, "select_on": "val"}
+    return {**facts, **changes}
 
 
 @pytest.fixture

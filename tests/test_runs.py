@@ -1,6 +1,7 @@
 """Files appear whole or not at all; a folder never mixes results of different settings."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -105,6 +106,8 @@ def test_a_step_is_done_once_it_is_recorded(run):
     assert not made.is_done("1_transfer")
     made.folder("1_transfer")
     assert not made.is_done("1_transfer")  # a folder is no result
+    runs.save_json(made.folder("1_transfer") / "history.json", [])
+    assert not made.is_done("1_transfer")  # nor is what an interrupted step has left
     made.record("1_transfer", 12.34, best={"IS": 3})
     again = run()
     assert again.is_done("1_transfer") and not again.is_done("2_tune")
@@ -123,12 +126,24 @@ def test_recording_a_step_keeps_the_others(run):
 
 
 def test_another_value_given_by_hand_is_refused(run):
-    run(transfer_epochs=3).record("1_transfer", 1)
+    made = run(transfer_epochs=3)
+    runs.save_json(made.folder("1_transfer") / "history.json", [])
+    made.record("1_transfer", 1)
     assert run(transfer_epochs=3).is_done("1_transfer")
     assert run().is_done("1_transfer")  # the recipe's own 24 was not asked for
     with pytest.raises(ValueError, match="transfer_epochs=4 was asked for, but 1_transfer.*transfer_epochs=3"):
         run(transfer_epochs=4).is_done("1_transfer")
     assert run(n_trials=3).is_done("1_transfer")  # a setting of a later step
+
+
+def test_deleting_the_folder_as_the_error_says_begins_the_step_anew(run):
+    made = run(transfer_epochs=3)
+    runs.save_json(made.folder("1_transfer") / "history.json", [])
+    made.record("1_transfer", 1)
+    with pytest.raises(ValueError, match=f"delete {made.path / '1_transfer'}"):
+        run(transfer_epochs=4).is_done("1_transfer")
+    shutil.rmtree(made.path / "1_transfer")
+    assert not run(transfer_epochs=4).is_done("1_transfer") and not run().is_done("1_transfer")
 
 
 def test_every_field_of_a_step_is_a_setting(run):

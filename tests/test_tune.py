@@ -88,6 +88,11 @@ def search(study, images_of, digits, n_trials=40, epochs=9, **changes):
     return tune.search(study, SPACE, images_of, digits.train.labels, digits, **options)
 
 
+def resumed(path):
+    """The study in a file, as the process opens it that goes on with the search."""
+    return tune.open_study(path, "step 2")
+
+
 def records(study):
     """What every finished trial was and gave, without clocks."""
     clocks = ("seconds", "generation_seconds")
@@ -168,9 +173,8 @@ def test_a_stopped_search_goes_on_as_an_unbroken_one(tmp_path, formula, digits, 
 
     monkeypatch.setattr(classifier, "train_classifier", train_or_stop)
     for _ in range(3):
-        study = tune.open_study(tmp_path / "stopped.log", "step 2")
         try:
-            search(study, images_or_stop, digits, n_trials)
+            search(resumed(tmp_path / "stopped.log"), images_or_stop, digits, n_trials)
         except stop:
             continue
     found = records(tune.open_study(tmp_path / "stopped.log", "step 2"))
@@ -183,7 +187,7 @@ def test_a_trial_that_a_killed_process_left_running_is_failed(tmp_path, formula,
     study = tune.open_study(tmp_path / "journal.log", "step 2")
     stale = study.ask()
     stale.suggest_float("UGS", 0, 7.5)
-    search(tune.open_study(tmp_path / "journal.log", "step 2"), formula[0], digits, n_trials=3)
+    search(resumed(tmp_path / "journal.log"), formula[0], digits, n_trials=3)
     states = [t.state for t in tune.open_study(tmp_path / "journal.log", "step 2").trials]
     assert TrialState.RUNNING not in states
     assert sum(state in tune.FINISHED for state in states) == 3
