@@ -16,7 +16,7 @@ from .backbone import Backbone
 from .class_encoder import ClassEncoder
 from .diffusion import diffusion_loss
 
-FIXED_NOISES = 4  # noises per held-out latent: enough that the loss of two epochs can be compared
+FIXED_NOISES = 2  # noises per held-out latent: enough that the loss of two epochs can be compared
 
 
 @dataclasses.dataclass(frozen=True)
