@@ -90,8 +90,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     # rate 3e-3 for 24 epochs 38 / 58 %, rate 0.1 for 12 epochs 93 / 91 %.
     "demo": dict(
         class_encoder_start="empty_prompt", transfer_epochs=12, transfer_batch_size=32, transfer_learning_rate=0.1,
-        finetune_epochs=12, finetune_learning_rate=1e-4, weight_decay=0.0,
-        n_trials=16, num_images=400, steps_max=16, classifier_epochs=24, classifier_batch_size=64,
+        finetune_epochs=8, finetune_learning_rate=1e-4, weight_decay=0.0,
+        n_trials=18, num_images=400, steps_max=12, classifier_epochs=24, classifier_batch_size=32,
+        classifier_learning_rate=3e-3,
         classifier_epoch_images=400,
         plateau_patience=4, stop_patience=8, classifier_seeds=3, max_multiple=3,
     ),
