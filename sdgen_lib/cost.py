@@ -37,29 +37,31 @@ def measure(course: Course) -> dict[str, float]:
     gradient of its weights, and one classifier training step."""
     if hasattr(course, "_unit_costs"):
         return course._unit_costs
-    model, batch = course.backbone, 64 if course.backbone.device == "cpu" else 16
+    model, settings = course.backbone, course.settings
     device = torch.device(model.device)
-    latents = torch.randn(batch, *model.latent_shape, device=device)
-    t = torch.zeros(batch, dtype=torch.int64, device=device)
-    context = torch.zeros(batch, model.tokens, model.width, device=device, requires_grad=True)
 
-    @torch.no_grad()
-    def forward():
-        model.predict_noise(latents, t, context)
+    def unet(batch: int) -> torch.Tensor:
+        latents = torch.zeros(batch, *model.latent_shape, device=device)
+        t = torch.zeros(batch, dtype=torch.int64, device=device)
+        context = torch.zeros(batch, model.tokens, model.width, device=device, requires_grad=True)
+        return model.predict_noise(latents, t, context).float().sum()
 
-    def backward():
-        model.predict_noise(latents, t, context).float().sum().backward()
+    def classifier(batch: int) -> torch.Tensor:
+        images = torch.zeros(batch, *course.data.train.images.shape[1:], dtype=torch.uint8, device=device)
+        return F.cross_entropy(net(images), torch.zeros(batch, dtype=torch.int64, device=device))
 
-    found = {"pass": _seconds(forward) / batch, "transfer": _seconds(backward) / batch}
+    found = {}
+    with torch.no_grad():
+        found["pass"] = _seconds(lambda: unet(settings.sample_batch_size)) / settings.sample_batch_size
+    batch = settings.transfer_batch_size
+    found["transfer"] = _seconds(lambda: unet(batch).backward()) / batch
     model.unet.requires_grad_(True)
-    found["finetune"] = _seconds(backward) / batch
+    batch = settings.finetune_batch_size
+    found["finetune"] = _seconds(lambda: unet(batch).backward()) / batch
     for parameter in model.unet.parameters():
         parameter.requires_grad_(False).grad = None
-    size, settings = course.data.image_size, course.settings
-    net = ResNet20(course.data.num_classes, settings.classifier_width).to(device)
-    images = torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=device)
-    labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    found["classifier"] = _seconds(lambda: F.cross_entropy(net(images), labels).backward()) / batch
+    net, batch = ResNet20(course.data.num_classes, settings.classifier_width).to(device), settings.classifier_batch_size
+    found["classifier"] = _seconds(lambda: classifier(batch).backward()) / batch
     course._unit_costs = found
     return found
 

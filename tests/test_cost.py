@@ -5,6 +5,7 @@ import re
 import pytest
 
 from sdgen_lib import cost, train
+from sdgen_lib.course import Course
 from sdgen_lib.tune import Space
 
 
@@ -77,8 +78,9 @@ def test_a_larger_recipe_costs_more(finished, monkeypatch):
     assert sampling < table["2_tune"]["-p recipe paper"] < 1.2 * sampling + 50 * 4000 * 100 * 1e-4
 
 
-def test_measure_leaves_the_backbone_frozen(finished):
-    unit = cost.measure(finished.course)
+def test_measure_leaves_the_backbone_frozen(micro, tmp_path):
+    course = Course(micro(tmp_path))
+    unit = cost.measure(course)
     assert set(unit) == {"pass", "transfer", "finetune", "classifier"} and all(value > 0 for value in unit.values())
-    assert not any(p.requires_grad or p.grad is not None for p in finished.course.backbone.unet.parameters())
-    assert cost.measure(finished.course) is unit  # measured once
+    assert not any(p.requires_grad or p.grad is not None for p in course.backbone.unet.parameters())
+    assert cost.measure(course) is unit  # measured once
