@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdgen_lib import runs
-from sdgen_lib.settings import resolve
+from sdgen_lib.settings import RECIPES, resolve
 
 
 def test_whole_file_appears_at_the_end(tmp_path):
@@ -114,7 +114,8 @@ def test_a_step_is_done_once_it_is_recorded(run):
     manifest = json.loads((made.path / "manifest.json").read_text())
     record = manifest["steps"]["1_transfer"]
     assert record["seconds"] == 12.3 and record["best"] == {"IS": 3}
-    assert record["settings"]["transfer_epochs"] == 24 and "n_trials" not in record["settings"]
+    assert record["settings"]["transfer_epochs"] == RECIPES["demo"]["transfer_epochs"]
+    assert "n_trials" not in record["settings"]
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert manifest["settings"]["dataset"] == "digits"
 
@@ -130,7 +131,7 @@ def test_another_value_given_by_hand_is_refused(run):
     runs.save_json(made.folder("1_transfer") / "history.json", [])
     made.record("1_transfer", 1)
     assert run(transfer_epochs=3).is_done("1_transfer")
-    assert run().is_done("1_transfer")  # the recipe's own 24 was not asked for
+    assert run().is_done("1_transfer")  # the recipe's own number was not asked for
     with pytest.raises(ValueError, match="transfer_epochs=4 was asked for, but 1_transfer.*transfer_epochs=3"):
         run(transfer_epochs=4).is_done("1_transfer")
     assert run(n_trials=3).is_done("1_transfer")  # a setting of a later step
