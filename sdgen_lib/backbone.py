@@ -142,6 +142,10 @@ def load(name: str = "tiny", device: str | None = None, precision: str = "auto")
             raise FileNotFoundError(f"{source} is no diffusers folder: it has no unet/config.json. "
                                     "Give the folder that holds model_index.json.")  # fmt: skip
     transformers.utils.logging.disable_progress_bar()  # of reading a file; downloads keep theirs
+    if Path(source).is_dir():
+        for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
+            if not (Path(source) / part).is_dir():
+                raise FileNotFoundError(f"{source} is no whole diffusers folder: its {part}/ is missing.")
     weights = dict(torch_dtype=torch.float32, use_safetensors=True)
     try:
         parts = dict(

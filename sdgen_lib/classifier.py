@@ -105,8 +105,6 @@ def train_classifier(
         model.train()
         shuffled = torch.cat([torch.randperm(len(images), generator=order) for _ in range(passes)])
         for rows in shuffled.split(batch_size):
-            if len(rows) == 1 and len(images) > 1:  # batch normalisation needs two
-                continue
             loss = F.cross_entropy(model(images[rows]), labels[rows], label_smoothing=label_smoothing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

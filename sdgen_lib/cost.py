@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from .classifier import ResNet20
 from .settings import Settings, resolve
+from .train import FIXED_NOISES
 
 if TYPE_CHECKING:
     from .course import Course
@@ -67,13 +68,14 @@ def measure(course: Course) -> dict[str, float]:
 
 
 def estimate(
-    settings: Settings, step: str, num_train: int, unit: dict[str, float], space: Space | None = None
+    settings: Settings, step: str, num_train: int, num_val: int, unit: dict[str, float], space: Space | None = None
 ) -> float:
-    """Seconds that ``step`` takes: guidance doubles a sampling pass; ``num_train`` real training images."""
+    """Seconds that ``step`` takes: guidance doubles a sampling pass; ``num_train``, ``num_val`` real images."""
     s = settings
     if step in ("1_transfer", "3_finetune"):
         prefix = step[2:]
-        return getattr(s, f"{prefix}_epochs") * num_train * unit[prefix]
+        held_out = 3 * FIXED_NOISES * num_val * unit["pass"]  # the right label, a wrong one and none
+        return getattr(s, f"{prefix}_epochs") * (num_train * unit[prefix] + held_out)
     steps = sum(space.IS if space else (s.steps_min, s.steps_max)) / 2
     sampling = 2 * steps * unit["pass"]
     if step in ("2_tune", "4_retune"):
@@ -95,13 +97,13 @@ def readable(seconds: float) -> str:
 
 def text(course: Course, step: str, space: Space | None = None) -> str:
     """'about 3 min on this machine', for the line before a long run."""
-    seconds = estimate(course.settings, step, len(course.data.train), measure(course), space)
+    seconds = estimate(course.settings, step, len(course.data.train), len(course.data.val), measure(course), space)
     return f"about {readable(seconds)} on this machine"
 
 
 def table(course: Course) -> dict[str, dict[str, str]]:
     """The estimate of every step, for this run's recipe and for the paper's: {step: {recipe: '3 min'}}."""
-    unit, n = measure(course), len(course.data.train)
+    unit, n = measure(course), (len(course.data.train), len(course.data.val))
     paper = resolve(recipe="paper", backbone=course.settings.backbone)
     columns = {"this recipe": course.settings, "-p recipe paper": paper}
-    return {step: {name: readable(estimate(s, step, n, unit)) for name, s in columns.items()} for step in STEPS}
+    return {step: {name: readable(estimate(s, step, *n, unit)) for name, s in columns.items()} for step in STEPS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,10 @@ class Course:
             return pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
         s = self.settings
         print(f"Step {step[0]}: {title} ({cost.text(self, step)}).")
+        asked = {name: getattr(s, name) for name in runs.STEP_FIELDS[step]}
+        if runs.load_json(folder / "settings.json") != asked:  # what an earlier attempt left is of other settings
+            shutil.rmtree(folder)
+            runs.save_json(folder / "settings.json", asked)
         start = time.perf_counter()
         trainable, encoder = parts()
         self._loaded = None  # what is about to train is no checkpoint
@@ -155,9 +160,10 @@ class Course:
 
     def _search(self, step: str, space: tune.Space, point_of: Callable[[dict], dict], on_trial) -> optuna.Study:
         s, folder = self.settings, self.run.folder(step)
+        done = self.run.is_done(step)
         study = tune.open_study(folder / "journal.log", f"step {step[0]}")
         finished = len(study.get_trials(deepcopy=False, states=tune.FINISHED))
-        if self.run.is_done(step) and (finished >= s.n_trials or "n_trials" not in s.given):
+        if done and (finished >= s.n_trials or "n_trials" not in s.given):
             return study
         print(f"Step {step[0]}: the search, {s.n_trials} trials ({cost.text(self, step, space)}).")
         start = time.perf_counter()
@@ -238,6 +244,11 @@ class Course:
         ]  # fmt: skip
         return {"test": [f.test_accuracy for f in found], "val": [f.val_accuracy for f in found]}
 
+    def _same(self, found: dict[str, Any] | None, point: dict[str, Any] | None, num_images: int) -> bool:
+        """Whether a stored row of a table is what the settings ask for now."""
+        asked = {"point": point, "num_images": num_images, "seeds": self.settings.classifier_seeds}
+        return bool(found) and asked == {**{k: found[k] for k in ("point", "num_images")}, "seeds": len(found["test"])}
+
     def cas(self, row: str) -> dict[str, Any]:
         """A row of table 1: where it samples, its CAS with each classifier seed, and the seconds it took to generate.
 
@@ -246,7 +257,7 @@ class Course:
         path = self.run.path / "table_1.json"
         rows = runs.load_json(path, {})
         point = self.point(row)
-        if rows.get(row, {}).get("point") != point:
+        if not self._same(rows.get(row), point, self.settings.num_images):
             labels = balanced_labels(self.settings.num_images, self.data.num_classes)
             start = time.perf_counter()
             images = self.draw(point, labels, "table 1", progress=f"{row}: generating")
@@ -281,12 +292,14 @@ class Course:
         path, point = self.run.path / "table_2.json", self.point("after 4")
         rows, start = runs.load_json(path, {}), time.perf_counter()
         names = ["real", *(f"x{k}" for k in range(1, self.settings.max_multiple + 1))]
-        if any(rows.get(name, {}).get("point") != (None if name == "real" else point) for name in names):
+        wanted = {n: (None, 1) if n == "real" else (point, int(n[1:])) for n in names}  # where it samples, how often
+        wanted = {n: (at, multiple * len(self.data.train)) for n, (at, multiple) in wanted.items()}
+        if not all(self._same(rows.get(name), *wanted[name]) for name in names):
             print(f"Step 5: {names[-1]} synthetic set, {len(names)} x {self.settings.classifier_seeds} classifiers "
                   f"({cost.text(self, '5_datasets')}).")  # fmt: skip
         for name in names:
-            at = None if name == "real" else point
-            if name not in rows or rows[name]["point"] != at:
+            at, _ = wanted[name]
+            if not self._same(rows.get(name), *wanted[name]):
                 split = self.data.train if name == "real" else self.synthetic(int(name[1:]))
                 rows[name] = {"point": at, "num_images": len(split), **self._scores(split.images, split.labels, name)}
                 runs.save_json(path, rows)

@@ -64,7 +64,8 @@ def inference_timesteps(num_inference_steps: int, num_train_timesteps: int = 100
     last = num_train_timesteps - 1
     if num_inference_steps == 1:
         return torch.tensor([last])
-    return torch.linspace(last, 0, num_inference_steps, dtype=torch.float64).round().long()
+    steps = torch.arange(num_inference_steps, dtype=torch.float64) * last / (num_inference_steps - 1)
+    return steps.round().long().flip(0)
 
 
 def ddim(
@@ -95,6 +96,7 @@ def dpm_solver(
     alphas_cumprod: torch.Tensor, callback: Callback | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """DPM-Solver++(2M) (Lu et al. 2022) by diffusers' scheduler; arguments and result as `ddim`."""
+    inference_timesteps(num_inference_steps, len(alphas_cumprod))  # refuses what cannot be visited
     betas = 1 - alphas_cumprod.double() / F.pad(alphas_cumprod.double(), (1, -1), value=1.0)
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=len(alphas_cumprod), trained_betas=betas.tolist(), timestep_spacing="linspace"

@@ -51,7 +51,8 @@ def image_grid(
     left = 0.09 * max(len(str(name)) for name in row_names) + 0.1
     size = (left + scale * columns, scale * len(rows) + (0.28 if len(column_names) else 0) + (0.3 if title else 0))
     figure, axes = _axes(len(rows), columns, size=size)
-    for row_axes, row, name in zip(np.atleast_2d(axes.reshape(len(rows), columns)), rows, row_names):
+    axes = np.array(axes).reshape(len(rows), columns)
+    for row_axes, row, name in zip(axes, rows, row_names):
         for ax in row_axes:
             ax.set_xticks([])
             ax.set_yticks([])
@@ -60,7 +61,7 @@ def image_grid(
         for ax, image in zip(row_axes, row):
             ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         row_axes[0].set_ylabel(str(name), rotation=0, ha="right", va="center", fontsize=9)
-    for ax, name in zip(np.atleast_2d(axes.reshape(len(rows), columns))[0], column_names):
+    for ax, name in zip(axes[0], column_names):
         ax.set_title(str(name), fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
@@ -276,9 +277,8 @@ def scaling_figure(run_path: Path) -> Figure:
     figure, ax = _axes(size=(6.4, 3.4))
     ax.axhline(np.mean(real), color=GREEN, label="trained on real images")
     ax.axhspan(np.min(real), np.max(real), color=GREEN, alpha=0.15)
-    seeds = np.array([rows[n]["test"] for n in names])
-    means = seeds.mean(1)
-    errors = [means - seeds.min(1), seeds.max(1) - means]
+    means = np.array([np.mean(rows[n]["test"]) for n in names])
+    errors = [means - [min(rows[n]["test"]) for n in names], [max(rows[n]["test"]) for n in names] - means]
     ax.errorbar(names, means, yerr=errors, fmt="-o", color=BLUE, capsize=4, label="trained on synthetic images")
     ax.set(xlabel="size of the synthetic set, times the real one", ylabel="accuracy on real test images")
     ax.legend()

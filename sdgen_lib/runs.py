@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -84,6 +85,8 @@ class Run:
         self.settings = settings
         base = Path(settings.runs_dir).expanduser() if settings.runs_dir else default_runs_dir()
         backbone = re.sub(r"[^A-Za-z0-9._-]+", "-", settings.backbone.rstrip("/").split("/")[-1]).lstrip(".") or "local"
+        if "/" in settings.backbone:  # a folder or Hub id: two of one name must not share a run
+            backbone += "-" + hashlib.sha256(settings.backbone.encode()).hexdigest()[:8]
         self.path = base / dataset_slug / f"{backbone}-{settings.recipe}-seed{settings.seed}"
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -102,8 +105,8 @@ class Run:
         Raises ValueError if it is, but with another value of a setting that was given by hand now: results of
         different settings never mix in one folder.
         """
-        record = self.manifest["steps"].get(step)
-        if record is None:
+        record, folder = self.manifest["steps"].get(step), self.path / step
+        if record is None or not folder.is_dir() or not any(folder.iterdir()):
             return False
         for name in STEP_FIELDS[step]:
             was, now = record["settings"].get(name), getattr(self.settings, name)

@@ -62,7 +62,7 @@ def generate(
     ``first_index`` the position in the set of the first label, so that a set can be made in shards;
     ``image_size`` pixels (None: the backbone's); ``progress`` a title for a progress bar; ``on_batch(images done)``.
     """
-    if guidance_scale < 0:
+    if not guidance_scale >= 0:
         raise ValueError(f"guidance_scale must be at least 0, not {guidance_scale!r}.")
     contexts = class_encoder.contexts().detach()
     empty_prompt = backbone.text_context([""])[0] if unconditional == "empty_prompt" else None

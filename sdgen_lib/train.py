@@ -149,5 +149,6 @@ def fit(
         bar.set_postfix({name: f"{value:.4f}" for name, value in history[-1].items()})
         bar.update()
     bar.close()
+    optimizer.zero_grad(set_to_none=True)
     trainable.requires_grad_(False)
     return pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))

@@ -55,7 +55,7 @@ def plan(
     """
     factor = 3
     brackets = max(1, min(n_trials // 20, int(math.log(n_epochs, factor)) if n_epochs > 1 else 1))
-    first_rung = max(1, math.ceil(n_epochs / factor**brackets))
+    first_rung = n_epochs // factor**brackets + 1  # so that no rung falls on the last epoch, when all is paid
     pruner = optuna.pruners.HyperbandPruner(first_rung, n_epochs, factor)
     startup = max(2, min(10, n_trials // brackets // 3))
 

@@ -55,7 +55,7 @@ def test_what_the_folder_holds(finished):
     assert files == {
         "manifest.json", "latents.safetensors", "table_1.json", "table_2.json",
         *(f"{step}/{name}" for step in ("1_transfer", "3_finetune")
-          for name in ("epoch_001.safetensors", "epoch_002.safetensors", "history.json")),
+          for name in ("epoch_001.safetensors", "epoch_002.safetensors", "history.json", "settings.json")),
         "2_tune/journal.log", "4_retune/journal.log",
         *(f"5_datasets/block_0{k}.{kind}" for k in (1, 2) for kind in ("npz", "json")),
     }  # fmt: skip

@@ -90,7 +90,8 @@ def test_a_wrong_parameter_stops_the_notebook(tmp_path, parameters, words):
 def test_a_chapter_runs_alone_and_reuses_what_is_there(tmp_path):
     first = papermill("03_tune.ipynb", tmp_path / "1.ipynb", tmp_path, runs_dir=tmp_path / "runs", **MICRO)
     assert first.returncode == 0, first.stderr[-2000:]
-    assert "Step 1: Class-Encoder" in printed(tmp_path / "1.ipynb") and "Step 2: the search" in printed(tmp_path / "1.ipynb")
+    said = printed(tmp_path / "1.ipynb")
+    assert "Step 1: Class-Encoder" in said and "Step 2: the search" in said
     checkpoints = sorted((tmp_path / "runs").rglob("*.safetensors"))
     times = [path.stat().st_mtime_ns for path in checkpoints]
     again = papermill("03_tune.ipynb", tmp_path / "2.ipynb", tmp_path, runs_dir=tmp_path / "runs", **MICRO)
