@@ -81,8 +81,8 @@ def estimate(
     if step in ("2_tune", "4_retune"):
         training = PRUNED_SHARE * s.classifier_epochs * max(s.num_images, s.classifier_epoch_images)
         return s.n_trials * (s.num_images * sampling + training * unit["classifier"])
-    sets = 1 + s.max_multiple * (s.max_multiple + 1) / 2  # classifiers see 1 + (1 + 2 + .. + K) times the real set
-    training = s.classifier_seeds * sets * s.classifier_epochs * max(num_train, s.classifier_epoch_images)
+    sizes = [num_train, *(k * num_train for k in range(1, s.max_multiple + 1))]  # real, x1 .. xK
+    training = s.classifier_seeds * s.classifier_epochs * sum(max(n, s.classifier_epoch_images) for n in sizes)
     return s.max_multiple * num_train * sampling + training * unit["classifier"]
 
 

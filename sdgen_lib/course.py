@@ -129,7 +129,9 @@ class Course:
 
     # --- the steps ---
 
-    def _fit(self, step: str, title: str, parts: Callable[[], tuple[torch.nn.Module, ClassEncoder]]) -> pd.DataFrame:
+    def _fit(
+        self, step: str, title: str, parts: Callable[[], tuple[torch.nn.Module, ClassEncoder]], **facts: Any
+    ) -> pd.DataFrame:
         """A training step, unless it is done; ``parts()`` -> (what trains, the Class-Encoder)."""
         folder, prefix = self.run.folder(step), step[2:]
         if self.run.is_done(step):
@@ -150,7 +152,7 @@ class Course:
             learning_rate=getattr(s, f"{prefix}_learning_rate"), weight_decay=s.weight_decay, clip_norm=s.clip_norm,
             seed=s.seed, unconditional=s.unconditional, title=title,
         )  # fmt: skip
-        self.run.record(step, time.perf_counter() - start)
+        self.run.record(step, time.perf_counter() - start, **facts)
         (folder / "state.safetensors").unlink(missing_ok=True)  # was needed only to go on
         return history
 
@@ -193,13 +195,20 @@ class Course:
     def finetune(self) -> pd.DataFrame:
         """Step 3: fine-tunes the UNet alone, with the Class-Encoder of the best epoch of step 2."""
 
-        def parts():
-            encoder = self.use(self.search().best_params["epoch"])  # into the UNet it loads the pretrained weights
-            return self.backbone.unet, encoder
+        epoch = self.search().best_params["epoch"]
+        if self.run.is_done("3_finetune"):
+            was = self.run.manifest["steps"]["3_finetune"].get("transfer_epoch", epoch)
+            if was != epoch:
+                raise ValueError(
+                    f"The search of step 2 now prefers epoch {epoch} of the Class-Encoder, but this run's UNet was "
+                    f"fine-tuned with epoch {was}. Delete {self.run.path / '3_finetune'} and the steps after it, "
+                    "or choose another runs_dir."
+                )
 
-        if not self.run.is_done("3_finetune"):
-            self.search()  # before this step announces itself
-        return self._fit("3_finetune", "UNet", parts)
+        def parts():
+            return self.backbone.unet, self.use(epoch)  # `use` loads the pretrained weights into the UNet
+
+        return self._fit("3_finetune", "UNet", parts, transfer_epoch=epoch)
 
     def research(self, on_trial: Callable[[optuna.Study], None] | None = None) -> optuna.Study:
         """Step 4: the second search, bounded by the first, over IS, UGS and the UNet's epoch."""
@@ -291,6 +300,7 @@ class Course:
         """The row of table 2: accuracies with real images and with x1 .. xK, each seed; kept in ``table_2.json``."""
         path, point = self.run.path / "table_2.json", self.point("after 4")
         rows, start = runs.load_json(path, {}), time.perf_counter()
+        rows = {name: row for name, row in rows.items() if row["point"] in (None, point)}  # none of another step 4
         names = ["real", *(f"x{k}" for k in range(1, self.settings.max_multiple + 1))]
         wanted = {n: (None, 1) if n == "real" else (point, int(n[1:])) for n in names}  # where it samples, how often
         wanted = {n: (at, multiple * len(self.data.train)) for n, (at, multiple) in wanted.items()}

@@ -1,5 +1,6 @@
 """The whole method on a micro run: every step, what it leaves, and what a second look reuses."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -296,3 +297,14 @@ def test_wrong_data_stops_before_anything_is_made(micro, tmp_path):
     with pytest.raises(ValueError, match="Unknown dataset 'digit'.*Did you mean 'digits'"):
         Course(micro(tmp_path / "runs", dataset="digit"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_unet_tuned_with_another_class_encoder_is_refused(finished, tmp_path):
+    """As happens when the first search goes on and finds another best epoch after the fine-tuning."""
+    shutil.copytree(finished.runs_dir, tmp_path / "runs")
+    course = Course(dataclasses.replace(finished.course.settings, runs_dir=str(tmp_path / "runs")))
+    manifest = course.run.manifest
+    manifest["steps"]["3_finetune"]["transfer_epoch"] += 1
+    runs.save_json(course.run.path / "manifest.json", manifest)
+    with pytest.raises(ValueError, match="3_finetune"):
+        course.finetune()
