@@ -255,8 +255,8 @@ class Course:
 
     def _same(self, found: dict[str, Any] | None, point: dict[str, Any] | None, num_images: int) -> bool:
         """Whether a stored row of a table is what the settings ask for now."""
-        asked = {"point": point, "num_images": num_images, "seeds": self.settings.classifier_seeds}
-        return bool(found) and asked == {**{k: found[k] for k in ("point", "num_images")}, "seeds": len(found["test"])}
+        asked = (point, num_images, self.settings.classifier_seeds)
+        return bool(found) and asked == (found["point"], found["num_images"], len(found["test"]))
 
     def cas(self, row: str) -> dict[str, Any]:
         """A row of table 1: where it samples, its CAS with each classifier seed, and the seconds it took to generate.
@@ -302,8 +302,8 @@ class Course:
         rows, start = runs.load_json(path, {}), time.perf_counter()
         rows = {name: row for name, row in rows.items() if row["point"] in (None, point)}  # none of another step 4
         names = ["real", *(f"x{k}" for k in range(1, self.settings.max_multiple + 1))]
-        wanted = {n: (None, 1) if n == "real" else (point, int(n[1:])) for n in names}  # where it samples, how often
-        wanted = {n: (at, multiple * len(self.data.train)) for n, (at, multiple) in wanted.items()}
+        n = len(self.data.train)  # of each set: where it samples, how many images
+        wanted = {name: (None, n) if name == "real" else (point, int(name[1:]) * n) for name in names}
         if not all(self._same(rows.get(name), *wanted[name]) for name in names):
             print(f"Step 5: {names[-1]} synthetic set, {len(names)} x {self.settings.classifier_seeds} classifiers "
                   f"({cost.text(self, '5_datasets')}).")  # fmt: skip

@@ -6,8 +6,8 @@ betas), only small: 32x32 pictures, 4x8x8 latents, 8 context tokens of width 64.
 domain of `source_images` from scratch, so no image of any dataset of this course has been seen. Unlike SD, whose
 text encoder was trained elsewhere and frozen, the small text encoder learns together with the UNet.
 
-The defaults take about 45 minutes on two free CPU cores. They make weights like the shipped ones, not the same bytes:
-the tokenizer's ids come in another order each time.
+The defaults took 63 minutes on two CPU cores that other work shared. They make weights like the shipped ones, not the
+same bytes: the tokenizer's ids come in another order each time.
 """
 
 from __future__ import annotations
