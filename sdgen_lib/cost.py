@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .classifier import ResNet20
+from .devices import classifier_dtype
 from .settings import Settings, resolve
 from .train import FIXED_NOISES
 
@@ -49,6 +50,7 @@ def measure(course: Course) -> dict[str, float]:
 
     def classifier(batch: int) -> torch.Tensor:
         images = torch.zeros(batch, *course.data.train.images.shape[1:], dtype=torch.uint8, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
         return F.cross_entropy(net(images), torch.zeros(batch, dtype=torch.int64, device=device))
 
     found = {}
@@ -61,7 +63,9 @@ def measure(course: Course) -> dict[str, float]:
     found["finetune"] = _seconds(lambda: unet(batch).backward()) / batch
     for parameter in model.unet.parameters():
         parameter.requires_grad_(False).grad = None
-    net, batch = ResNet20(course.data.num_classes, settings.classifier_width).to(device), settings.classifier_batch_size
+    dtype = classifier_dtype(settings.precision, model.device)
+    net = ResNet20(course.data.num_classes, settings.classifier_width, dtype)
+    net, batch = net.to(device, memory_format=torch.channels_last), settings.classifier_batch_size
     found["classifier"] = _seconds(lambda: classifier(batch).backward()) / batch
     course._unit_costs = found
     return found

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import backbone as backbones
-from . import classifier, cost, data, runs, train, tune
+from . import classifier, cost, data, devices, runs, train, tune
 from .class_encoder import ClassEncoder
 from .sample import balanced_labels, generate
 from .settings import Settings
@@ -27,12 +27,14 @@ ROWS = ("after 1", "after 2", "after 3", "after 4")  # of table 1
 
 def classifier_options(settings: Settings) -> dict[str, Any]:
     """The keyword arguments of `classifier.train_classifier` that a run's settings fix."""
+    device = devices.default_device()
     return dict(
         width=settings.classifier_width, epochs=settings.classifier_epochs,
         batch_size=settings.classifier_batch_size, epoch_images=settings.classifier_epoch_images,
         learning_rate=settings.classifier_learning_rate,
         label_smoothing=settings.label_smoothing, plateau_patience=settings.plateau_patience,
-        stop_patience=settings.stop_patience, device=backbones.default_device(),
+        stop_patience=settings.stop_patience, device=device,
+        dtype=devices.classifier_dtype(settings.precision, device),
     )  # fmt: skip
 
 
@@ -58,7 +60,7 @@ class Course:
         return "\n".join([
             f"dataset   {s.dataset}: {d.num_classes} classes, {len(d.train)} training, {len(d.val)} validation and "
             f"{len(d.test)} test images of {d.image_size}x{d.image_size} pixels",
-            f"backbone  {s.backbone}, on {backbones.default_device()}",
+            f"backbone  {s.backbone}, on {devices.default_device()}",
             f"recipe    {s.recipe}" + (f", with {changed}" if changed else ""),
             f"seed      {s.seed}",
             f"results   {folder}",

@@ -101,7 +101,7 @@ def real_beside_synthetic(real, synthetic, class_names: Sequence[str], per_class
 
 def loss_curve(history: pd.DataFrame, title: str) -> Figure:
     """The loss of every epoch, in training and on held-out images with the right, a wrong and no label."""
-    figure, ax = _axes(size=(6.4, 3.4))
+    figure, ax = _axes(size=(8.0, 3.4))
     styles = {
         "train": (GREY, ":", "training images"),
         "wrong": (ORANGE, "--", "held out, wrong label"),
@@ -112,7 +112,7 @@ def loss_curve(history: pd.DataFrame, title: str) -> Figure:
         ax.plot(history.index, history[column], line, color=colour, label=name)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="mean squared error of the noise", title=title)
-    ax.legend()
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the axes: inside it would hide a curve
     return figure
 
 

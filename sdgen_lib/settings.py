@@ -30,7 +30,7 @@ class Settings:
     seed: int = 0
     runs_dir: str | None = None  # None: `runs/` of the checkout, else of the working directory
     image_size: int | None = None  # pixels, the classifier's; None: the dataset's own
-    precision: str = "auto"  # of the diffusion model; auto: bf16 where the processor computes in it, else fp32
+    precision: str = "auto"  # of matrix products; auto: bf16 where the processor computes in it (see devices)
 
     # Step 1: the Class-Encoder. Step 3: the UNet. Sources: section 3, steps 1 and 3.
     class_encoder_start: str = "random"

@@ -162,14 +162,6 @@ def test_a_hub_id_without_network_gives_the_ways_out(monkeypatch):
         backbone.load("nobody-here/no-such-model")
 
 
-def test_precision():
-    assert backbone.compute_dtype("fp32", "cpu") == torch.float32
-    assert backbone.compute_dtype("bf16", "cpu") == torch.bfloat16
-    assert backbone.compute_dtype("fp16", "cuda") == torch.float16
-    expected = torch.bfloat16 if backbone._cpu_computes_bf16() else torch.float32
-    assert backbone.compute_dtype("auto", "cpu") == expected
-
-
 def test_bf16_keeps_the_weights_and_comes_near_fp32(tiny):
     rough = backbone.load("tiny", device="cpu", precision="bf16")
     assert next(rough.unet.parameters()).dtype == torch.float32

@@ -70,10 +70,11 @@ def test_accuracy_and_predict():
     assert classifier.accuracy(Brightest(), Split(images, torch.tensor([0, 1, 2, 0, 0, 0, 2]))) == pytest.approx(5 / 7)
 
 
-def test_it_learns_the_digits():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns_the_digits(dtype):
     digits = data.load("digits")
     found = classifier.score(
-        digits.train.images, digits.train.labels, digits.val, digits.test, 10, epochs=15, batch_size=64
+        digits.train.images, digits.train.labels, digits.val, digits.test, 10, epochs=15, batch_size=64, dtype=dtype
     )
     assert found.test_accuracy > 0.95 and found.val_accuracy > 0.95
     assert 1 <= found.best_epoch <= found.epochs == 15
