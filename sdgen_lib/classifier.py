@@ -16,18 +16,23 @@ from .devices import autocast
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters (option A of He et al. 2016): subsample, pad channels."""
+    """Two 3x3 convolutions and a shortcut without parameters (option A of He et al. 2016): subsample, pad channels.
 
-    def __init__(self, channels_in: int, channels: int, stride: int):
+    The paper's released code makes the shortcut smaller by max-pooling.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int, shortcut: str = "subsample"):
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
         self.stride, self.extra = stride, channels - channels_in
+        self.smaller = {"subsample": lambda x: x[:, :, ::stride, ::stride],
+                        "max_pool": lambda x: F.max_pool2d(x, stride, ceil_mode=True)}[shortcut]  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+        shortcut = F.pad(self.smaller(x), (0, 0, 0, 0, 0, self.extra))
         x = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(x)) + shortcut)
 
@@ -35,18 +40,21 @@ class Block(nn.Module):
 class ResNet20(nn.Module):
     """The CIFAR ResNet20 (He et al. 2016, section 4.2): three stages of three blocks, ``width`` filters in the first.
 
-    Width 16 (0.27 M parameters) is what the name means; the paper's released code has width 64 (4.29 M).
+    Width 16 (0.27 M parameters) is what the name means; the paper's released code has width 64 (4.29 M) and the
+    ``shortcut`` "max_pool".
     uint8 (B, 3, H, W), H = W any size from 8 -> logits float32 (B, num_classes). ``dtype``: of its matrix products.
     """
 
-    def __init__(self, num_classes: int, width: int = 16, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, num_classes: int, width: int = 16, dtype: torch.dtype = torch.float32, shortcut: str = "subsample"
+    ):
         super().__init__()
         self.dtype = dtype
         stages, channels_in = [], width
         for stage in range(3):
             for block in range(3):
                 channels = width * 2**stage
-                stages.append(Block(channels_in, channels, stride=2 if stage > 0 and block == 0 else 1))
+                stages.append(Block(channels_in, channels, 2 if stage > 0 and block == 0 else 1, shortcut))
                 channels_in = channels
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         self.stages = nn.Sequential(*stages)
@@ -82,7 +90,8 @@ def accuracy(model: ResNet20, split: Split) -> float:
 
 
 def train_classifier(
-    images: torch.Tensor, labels: torch.Tensor, val: Split, num_classes: int, *, width: int = 16, epochs: int = 100,
+    images: torch.Tensor, labels: torch.Tensor, val: Split, num_classes: int, *, width: int = 16,
+    shortcut: str = "subsample", epochs: int = 100,
     batch_size: int = 256, epoch_images: int = 1, learning_rate: float = 1e-3, label_smoothing: float = 0.1,
     plateau_patience: int = 10, stop_patience: int = 25, seed: int = 0, device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -98,7 +107,7 @@ def train_classifier(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ResNet20(num_classes, width, dtype).to(device, memory_format=torch.channels_last)
+        model = ResNet20(num_classes, width, dtype, shortcut).to(device, memory_format=torch.channels_last)
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=plateau_patience)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from .classifier import ResNet20
 from .devices import classifier_dtype
+from .memory import MicroBatch
 from .settings import Settings, resolve
 from .train import FIXED_NOISES
 
@@ -22,25 +23,32 @@ PRUNED_SHARE = 0.6  # of the classifier epochs a pruner lets run, roughly: a thi
 STEPS = ("1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets")
 
 
-def _seconds(work: Callable[[], object], repeats: int = 2) -> float:
-    work()  # warm-up
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+KINDS = ("pass", "transfer", "finetune", "encode", "decode", "classifier")
+
+
+def _seconds(batch: int, work: Callable[[int], object], repeats: int = 2) -> float:
+    """Seconds an image takes in ``work(batch)``; with fewer at once where the memory does not suffice."""
+    micro = MicroBatch(batch)
+
+    def all_at_once():
+        micro.run(batch, lambda: None, lambda part: work(part.stop - part.start))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    all_at_once()  # warm-up
     start = time.perf_counter()
     for _ in range(repeats):
-        work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+        all_at_once()
+    return (time.perf_counter() - start) / repeats / batch
 
 
 def measure(course: Course) -> dict[str, float]:
-    """Seconds per image on this machine of: a UNet pass, one more with the gradient of its input, one with the
-    gradient of its weights, and one classifier training step."""
+    """Seconds per image on this machine of each of `KINDS`: a UNet pass, one more with the gradient of its context
+    (step 1), one with the gradient of its weights (step 3), the VAE's two halves, a step of classifier training."""
     if hasattr(course, "_unit_costs"):
         return course._unit_costs
-    model, settings = course.backbone, course.settings
-    device = torch.device(model.device)
+    model, s = course.backbone, course.settings
+    device, side = torch.device(model.device), course.data.image_size
 
     def unet(batch: int) -> torch.Tensor:
         latents = torch.zeros(batch, *model.latent_shape, device=device)
@@ -49,45 +57,67 @@ def measure(course: Course) -> dict[str, float]:
         return model.predict_noise(latents, t, context).float().sum()
 
     def classifier(batch: int) -> torch.Tensor:
-        images = torch.zeros(batch, *course.data.train.images.shape[1:], dtype=torch.uint8, device=device)
+        images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
         return F.cross_entropy(net(images), torch.zeros(batch, dtype=torch.int64, device=device))
 
     found = {}
     with torch.no_grad():
-        found["pass"] = _seconds(lambda: unet(settings.sample_batch_size)) / settings.sample_batch_size
-    batch = settings.transfer_batch_size
-    found["transfer"] = _seconds(lambda: unet(batch).backward()) / batch
-    model.unet.requires_grad_(True)
-    batch = settings.finetune_batch_size
-    found["finetune"] = _seconds(lambda: unet(batch).backward()) / batch
-    for parameter in model.unet.parameters():
-        parameter.requires_grad_(False).grad = None
-    dtype = classifier_dtype(settings.precision, model.device)
-    net = ResNet20(course.data.num_classes, settings.classifier_width, dtype)
-    net, batch = net.to(device, memory_format=torch.channels_last), settings.classifier_batch_size
-    found["classifier"] = _seconds(lambda: classifier(batch).backward()) / batch
+        found["pass"] = _seconds(s.sample_batch_size, unet)
+        found["decode"] = _seconds(
+            s.sample_batch_size, lambda n: model.decode(torch.zeros(n, *model.latent_shape, device=device))
+        )
+        found["encode"] = _seconds(16, lambda n: model.encode(torch.zeros(n, 3, side, side, dtype=torch.uint8)))
+    found["transfer"] = _seconds(s.transfer_batch_size, lambda n: unet(n).backward())
+    if s.finetune_method == "full":
+        model.unet_dtype(torch.float32)  # as it trains; to 16 bits and back nothing is lost
+        model.unet.requires_grad_(True)
+        found["finetune"] = _seconds(s.finetune_batch_size, lambda n: unet(n).backward())
+        for parameter in model.unet.parameters():
+            parameter.requires_grad_(False).grad = None
+        model.unet_dtype(model.dtype)
+    else:  # the few weights that train cost little beside the way back through the frozen ones
+        found["finetune"] = found["transfer"]
+    dtype = classifier_dtype(s.precision, model.device)
+    net = ResNet20(course.data.num_classes, s.classifier_width, dtype, s.classifier_shortcut)
+    net = net.to(device, memory_format=torch.channels_last)
+    found["classifier"] = _seconds(s.classifier_batch_size, lambda n: classifier(n).backward())
     course._unit_costs = found
     return found
+
+
+def count(settings: Settings, step: str, num_train: int, num_val: int, space: Space | None = None) -> dict[str, float]:
+    """Images that go through each of `KINDS` in ``step``; ``num_train``, ``num_val`` real images.
+
+    Guidance doubles a sampling pass. What a search will draw is not known: the middle of its range of IS stands for it.
+    """
+    s, images = settings, dict.fromkeys(KINDS, 0.0)
+    if step in ("1_transfer", "3_finetune"):
+        epochs = getattr(s, f"{step[2:]}_epochs")
+        images[step[2:]] = epochs * num_train
+        images["pass"] = epochs * 3 * FIXED_NOISES * num_val  # held out: the right label, a wrong one and none
+        images["encode"] = num_train + num_val if step == "1_transfer" else 0
+        return images
+    steps = sum(space.IS if space else (s.steps_min, s.steps_max)) / 2
+    if step in ("2_tune", "4_retune"):
+        trials = s.n_trials_retune if step == "4_retune" and s.n_trials_retune else s.n_trials
+        generated = trials * s.num_images
+        share = PRUNED_SHARE if s.pruning else 1.0
+        images["classifier"] = trials * share * s.classifier_epochs * max(s.num_images, s.classifier_epoch_images)
+    else:
+        sizes = [num_train, *(k * num_train for k in range(1, s.max_multiple + 1))]  # real, x1 .. xK
+        generated = sizes[-1] + (num_train if s.larger_sets == "random" else 0)
+        training = sum(max(n, s.classifier_epoch_images) for n in sizes)
+        images["classifier"] = s.classifier_seeds * s.classifier_epochs * training
+    images["decode"], images["pass"] = generated, 2 * steps * generated
+    return images
 
 
 def estimate(
     settings: Settings, step: str, num_train: int, num_val: int, unit: dict[str, float], space: Space | None = None
 ) -> float:
-    """Seconds that ``step`` takes: guidance doubles a sampling pass; ``num_train``, ``num_val`` real images."""
-    s = settings
-    if step in ("1_transfer", "3_finetune"):
-        prefix = step[2:]
-        held_out = 3 * FIXED_NOISES * num_val * unit["pass"]  # the right label, a wrong one and none
-        return getattr(s, f"{prefix}_epochs") * (num_train * unit[prefix] + held_out)
-    steps = sum(space.IS if space else (s.steps_min, s.steps_max)) / 2
-    sampling = 2 * steps * unit["pass"]
-    if step in ("2_tune", "4_retune"):
-        training = PRUNED_SHARE * s.classifier_epochs * max(s.num_images, s.classifier_epoch_images)
-        return s.n_trials * (s.num_images * sampling + training * unit["classifier"])
-    sizes = [num_train, *(k * num_train for k in range(1, s.max_multiple + 1))]  # real, x1 .. xK
-    training = s.classifier_seeds * s.classifier_epochs * sum(max(n, s.classifier_epoch_images) for n in sizes)
-    return s.max_multiple * num_train * sampling + training * unit["classifier"]
+    """Seconds that ``step`` takes where an image of each of `KINDS` takes ``unit`` seconds."""
+    return sum(n * unit[kind] for kind, n in count(settings, step, num_train, num_val, space).items())
 
 
 def readable(seconds: float) -> str:

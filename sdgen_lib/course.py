@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,24 @@ import torch
 from tqdm.auto import tqdm
 
 from . import backbone as backbones
-from . import classifier, cost, data, devices, runs, train, tune
+from . import classifier, cost, data, devices, lora, runs, train, tune
 from .class_encoder import ClassEncoder
 from .sample import balanced_labels, generate
-from .settings import Settings
+from .settings import Settings, followed
 
 ROWS = ("after 1", "after 2", "after 3", "after 4")  # of table 1
 
 
-def classifier_options(settings: Settings) -> dict[str, Any]:
-    """The keyword arguments of `classifier.train_classifier` that a run's settings fix."""
+def classifier_options(settings: Settings, in_search: bool = False) -> dict[str, Any]:
+    """The keyword arguments of `classifier.train_classifier` that a run's settings fix; a search may wait longer."""
     device = devices.default_device()
     return dict(
-        width=settings.classifier_width, epochs=settings.classifier_epochs,
+        width=settings.classifier_width, shortcut=settings.classifier_shortcut, epochs=settings.classifier_epochs,
         batch_size=settings.classifier_batch_size, epoch_images=settings.classifier_epoch_images,
         learning_rate=settings.classifier_learning_rate,
-        label_smoothing=settings.label_smoothing, plateau_patience=settings.plateau_patience,
-        stop_patience=settings.stop_patience, device=device,
+        label_smoothing=settings.label_smoothing,
+        plateau_patience=in_search and settings.search_plateau_patience or settings.plateau_patience,
+        stop_patience=in_search and settings.search_stop_patience or settings.stop_patience, device=device,
         dtype=devices.classifier_dtype(settings.precision, device),
     )  # fmt: skip
 
@@ -51,7 +52,7 @@ class Course:
             settings.dataset, settings.image_size, settings.seed, base_dir=Path(__file__).resolve().parents[1]
         )
         self.run = runs.Run(settings, self.data.slug)
-        self._loaded: tuple[int, int | None] | None = None
+        self._loaded: tuple[int, int | None] | None = None  # the checkpoints that `draw` has in place
 
     def __str__(self) -> str:
         s, d = self.settings, self.data
@@ -62,6 +63,7 @@ class Course:
             f"{len(d.test)} test images of {d.image_size}x{d.image_size} pixels",
             f"backbone  {s.backbone}, on {devices.default_device()}",
             f"recipe    {s.recipe}" + (f", with {changed}" if changed else ""),
+            f"follows   {followed(s)}",
             f"seed      {s.seed}",
             f"results   {folder}",
         ])  # fmt: skip
@@ -71,11 +73,6 @@ class Course:
     @functools.cached_property
     def backbone(self) -> backbones.Backbone:
         return backbones.load(self.settings.backbone, precision=self.settings.precision)
-
-    @functools.cached_property
-    def _pretrained(self) -> dict[str, torch.Tensor]:
-        """The UNet's own weights, to return to after fine-tuned ones."""
-        return {name: value.detach().clone() for name, value in self.backbone.unet.state_dict().items()}
 
     @functools.cached_property
     def latents(self) -> dict[str, train.Latents]:
@@ -90,10 +87,11 @@ class Course:
 
     def new_class_encoder(self) -> ClassEncoder:
         """An untrained Class-Encoder for this data and backbone."""
-        start = self.backbone.text_context([""])[0] if self.settings.class_encoder_start == "empty_prompt" else None
+        s, tokens = self.settings, self.settings.class_encoder_tokens or self.backbone.tokens
+        start = self.backbone.text_context([""])[0] if s.class_encoder_start == "empty_prompt" else None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.seed)
-            encoder = ClassEncoder(self.data.num_classes, self.backbone.tokens, self.backbone.width, start)
+            torch.manual_seed(s.seed)
+            encoder = ClassEncoder(self.data.num_classes, tokens, self.backbone.width, start, s.class_encoder_rank)
         return encoder.to(self.backbone.device)
 
     def use(self, transfer_epoch: int, finetune_epoch: int | None = None) -> ClassEncoder:
@@ -103,12 +101,15 @@ class Course:
         """
         encoder = self.new_class_encoder()
         encoder.load_state_dict(runs.load_tensors(train.checkpoint_path(self.run.folder("1_transfer"), transfer_epoch)))
-        pretrained = self._pretrained
-        if finetune_epoch is None:
-            self.backbone.unet.load_state_dict(pretrained)
-        else:
-            path = train.checkpoint_path(self.run.folder("3_finetune"), finetune_epoch)
-            self.backbone.unet.load_state_dict(runs.load_tensors(path))
+        if self._loaded is None or self._loaded[1] != finetune_epoch:
+            path = train.checkpoint_path(self.run.folder("3_finetune"), finetune_epoch) if finetune_epoch else None
+            if path and not path.exists():
+                raise FileNotFoundError(
+                    f"{path} is gone (keep_unets='used' deletes what no table needs): delete {path.parent} and the "
+                    "steps after it, and they are made again."
+                )
+            self.backbone.set_unet(path and runs.load_tensors(path))
+        self._loaded = (transfer_epoch, finetune_epoch)
         return encoder.requires_grad_(False).eval()
 
     def draw(
@@ -121,20 +122,18 @@ class Course:
     ) -> torch.Tensor:
         """Images of ``labels`` at a point {IS, UGS, transfer_epoch, finetune_epoch}: uint8, the classifier's size."""
         if self._loaded != (wanted := (point["transfer_epoch"], point["finetune_epoch"])):
-            self._encoder, self._loaded = self.use(*wanted), wanted
+            self._encoder = self.use(*wanted)
         return generate(
             self.backbone, self._encoder, labels, num_inference_steps=point["IS"], guidance_scale=point["UGS"],
             seed=self.settings.seed, set_name=set_name, first_index=first_index, image_size=self.data.image_size,
-            unconditional=self.settings.unconditional, sampler=self.settings.sampler,
+            antialias=self.settings.antialias, unconditional=self.settings.unconditional, sampler=self.settings.sampler,
             batch_size=self.settings.sample_batch_size, progress=progress,
         )  # fmt: skip
 
     # --- the steps ---
 
-    def _fit(
-        self, step: str, title: str, parts: Callable[[], tuple[torch.nn.Module, ClassEncoder]], **facts: Any
-    ) -> pd.DataFrame:
-        """A training step, unless it is done; ``parts()`` -> (what trains, the Class-Encoder)."""
+    def _fit(self, step: str, title: str, parts: Callable[[], tuple[dict, ClassEncoder]], **facts: Any) -> pd.DataFrame:
+        """A training step, unless it is done; ``parts()`` -> (parameters that train, by name; the Class-Encoder)."""
         folder, prefix = self.run.folder(step), step[2:]
         if self.run.is_done(step):
             history = runs.load_json(folder / "history.json")
@@ -147,29 +146,36 @@ class Course:
             runs.save_json(folder / "settings.json", asked)
         start = time.perf_counter()
         trainable, encoder = parts()
-        self._loaded = None  # what is about to train is no checkpoint
         history = train.fit(
             trainable, self.backbone, encoder, self.latents["train"], self.latents["val"], folder,
             epochs=getattr(s, f"{prefix}_epochs"), batch_size=getattr(s, f"{prefix}_batch_size"),
             learning_rate=getattr(s, f"{prefix}_learning_rate"), weight_decay=s.weight_decay, clip_norm=s.clip_norm,
-            seed=s.seed, unconditional=s.unconditional, title=title,
+            seed=s.seed, unconditional=s.unconditional, optimizer=s.optimizer,
+            gradient_checkpointing=s.gradient_checkpointing, title=title,
         )  # fmt: skip
-        self.run.record(step, time.perf_counter() - start, **facts)
+        self.run.record(step, time.perf_counter() - start, revision=self.backbone.source.revision, **facts)
         (folder / "state.safetensors").unlink(missing_ok=True)  # was needed only to go on
         return history
 
     def transfer(self) -> pd.DataFrame:
         """Step 1: trains the Class-Encoder alone. The loss curve, one row per epoch (see `train.fit`)."""
-        return self._fit("1_transfer", "Class-Encoder", lambda: (encoder := self.new_class_encoder(), encoder))
 
-    def _search(self, step: str, space: tune.Space, point_of: Callable[[dict], dict], on_trial) -> optuna.Study:
+        def parts():
+            encoder = self.new_class_encoder()
+            return dict(encoder.named_parameters()), encoder
+
+        return self._fit("1_transfer", "Class-Encoder", parts)
+
+    def _search(
+        self, step: str, n_trials: int, space: tune.Space, point_of: Callable[[dict], dict], on_trial
+    ) -> optuna.Study:
         s, folder = self.settings, self.run.folder(step)
         done = self.run.is_done(step)
         study = tune.open_study(folder / "journal.log", f"step {step[0]}")
         finished = len(study.get_trials(deepcopy=False, states=tune.FINISHED))
-        if done and (finished >= s.n_trials or "n_trials" not in s.given):
+        if done and (finished >= n_trials or "n_trials" not in s.given):
             return study
-        print(f"Step {step[0]}: the search, {s.n_trials} trials ({cost.text(self, step, space)}).")
+        print(f"Step {step[0]}: the search, {n_trials} trials ({cost.text(self, step, space)}).")
         start = time.perf_counter()
         labels = balanced_labels(s.num_images, self.data.num_classes)
 
@@ -178,10 +184,14 @@ class Course:
             return self.draw(point_of({"IS": steps, "UGS": guidance, "epoch": epoch}), labels, "trial")
 
         tune.search(
-            study, space, images_of, labels, self.data, n_trials=s.n_trials, select_on=s.select_on, seed=s.seed,
-            classifier_options=classifier_options(s), on_trial=on_trial,
+            study, space, images_of, labels, self.data, n_trials=n_trials, select_on=s.select_on, seed=s.seed,
+            pruning=s.pruning, classifier_options=classifier_options(s, in_search=True), on_trial=on_trial,
         )  # fmt: skip
-        self.run.record(step, time.perf_counter() - start, n_trials=s.n_trials, best=study.best_params)
+        self.run.record(step, time.perf_counter() - start, n_trials=n_trials, best=study.best_params)
+        if step == "4_retune" and s.keep_unets == "used":
+            kept = {study.best_params["epoch"], space.epoch[1]}  # rows "after 4" and "after 3"
+            for epoch in set(range(1, space.epoch[1])) - kept:
+                train.checkpoint_path(self.run.folder("3_finetune"), epoch).unlink(missing_ok=True)
         return study
 
     def search(self, on_trial: Callable[[optuna.Study], None] | None = None) -> optuna.Study:
@@ -192,7 +202,7 @@ class Course:
         def point_of(p):
             return {"IS": p["IS"], "UGS": p["UGS"], "transfer_epoch": p["epoch"], "finetune_epoch": None}
 
-        return self._search("2_tune", space, point_of, on_trial)
+        return self._search("2_tune", s.n_trials, space, point_of, on_trial)
 
     def finetune(self) -> pd.DataFrame:
         """Step 3: fine-tunes the UNet alone, with the Class-Encoder of the best epoch of step 2."""
@@ -208,9 +218,33 @@ class Course:
                 )
 
         def parts():
-            return self.backbone.unet, self.use(epoch)  # `use` loads the pretrained weights into the UNet
+            self._check_disk()
+            encoder, model, s = self.use(epoch), self.backbone, self.settings
+            self._loaded = None  # what is about to train is no checkpoint
+            if s.finetune_method == "lora":
+                return lora.add(model.unet, s.lora_rank), encoder
+            model.set_unet(dtype=torch.float32)  # what trains needs more digits than what is frozen
+            return dict(model.unet.named_parameters()), encoder
 
         return self._fit("3_finetune", "UNet", parts, transfer_epoch=epoch)
+
+    def _check_disk(self) -> None:
+        """Says what step 3 will keep, if it is much; raises OSError where the disk has no room for it."""
+        s, parameters = self.settings, sum(p.numel() for p in self.backbone.unet.parameters())
+        if s.finetune_method == "lora" or parameters < 100e6:
+            return
+        epochs, state = 2 * parameters * s.finetune_epochs, 12 * parameters  # float16; weights and AdamW in float32
+        free = shutil.disk_usage(self.run.path).free
+        print(
+            f"Keeps {s.finetune_epochs} UNets of {2 * parameters / 1e9:.1f} GB (keep_unets='used' deletes all but two "
+            f"after step 4), and while it trains {state / 1e9:.0f} GB to go on from; finetune_method='lora' needs some "
+            "MB instead."
+        )
+        if free < (needed := epochs + 2 * state):  # a new state is written before the old one goes
+            raise OSError(
+                f"Step 3 needs up to {needed / 1e9:.0f} GB in {self.run.path}, where {free / 1e9:.0f} GB are free: "
+                "choose another runs_dir, fewer finetune_epochs or finetune_method='lora'."
+            )
 
     def research(self, on_trial: Callable[[optuna.Study], None] | None = None) -> optuna.Study:
         """Step 4: the second search, bounded by the first, over IS, UGS and the UNet's epoch."""
@@ -221,7 +255,8 @@ class Course:
         def point_of(p):
             return {"IS": p["IS"], "UGS": p["UGS"], "transfer_epoch": best["epoch"], "finetune_epoch": p["epoch"]}
 
-        return self._search("4_retune", first.after(best, epochs), point_of, on_trial)
+        n_trials = s.n_trials_retune or s.n_trials
+        return self._search("4_retune", n_trials, first.after(best, epochs), point_of, on_trial)
 
     def point(self, row: str) -> dict[str, Any]:
         """Where a row of table 1 samples: {IS, UGS, transfer_epoch, finetune_epoch}. Does the steps it needs."""
@@ -279,35 +314,53 @@ class Course:
         return rows[row]
 
     def synthetic(self, multiple: int) -> data.Split:
-        """Step 5: the first ``multiple`` blocks of the one synthetic set, each with the real class counts.
+        """Step 5: the synthetic set of ``multiple`` times the real one's size.
 
-        Block b repeats the labels of the real training set; so x1 < x2 < .. are prefixes of one set. Blocks are kept as
-        ``5_datasets/block_01.npz`` ... and made where missing.
+        It is made of blocks as large as the real set, each with the real class counts (``class_mix`` "balanced": equal
+        ones). The first block is x1, the first two are x2, and so on: prefixes of one set. With ``larger_sets``
+        "random", as in the released code, x1 is a block apart (number 0) and x2 .. are random parts of all the others.
         """
+        s = self.settings
+        if s.larger_sets == "nested":
+            return self._blocks(range(1, multiple + 1))
+        if multiple == 1:
+            return self._blocks([0])
+        whole = self._blocks(range(1, s.max_multiple + 1))
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(s.seed * 1009 + multiple))
+        return whole.take(order[: multiple * len(self.data.train)])
+
+    def _blocks(self, blocks: Iterable[int]) -> data.Split:
+        """Blocks of the synthetic set, kept as ``5_datasets/block_01.npz`` ... and made where missing."""
         folder, labels = self.run.folder("5_datasets"), self.data.train.labels.sort().values
-        point, images = self.point("after 4"), []
-        for block in range(1, multiple + 1):
+        if self.settings.class_mix == "balanced":
+            labels = balanced_labels(len(labels), self.data.num_classes)
+        point, images = {**self.point("after 4"), "class_mix": self.settings.class_mix}, []
+        for block in blocks:
             path = folder / f"block_{block:02d}.npz"
             note = folder / f"block_{block:02d}.json"
             if not path.exists() or runs.load_json(note) != point:
-                new = self.draw(point, labels, "synthetic", (block - 1) * len(labels), f"block {block} of {multiple}")
+                set_name, first = ("synthetic", (block - 1) * len(labels)) if block else ("synthetic x1", 0)
+                new = self.draw(point, labels, set_name, first, f"synthetic block {block}")
                 with runs.whole_file(path) as temporary, open(temporary, "wb") as file:
                     np.savez(file, images=new.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
                 runs.save_json(note, point)
             with np.load(path, allow_pickle=False) as file:
                 images.append(torch.from_numpy(file["images"]).permute(0, 3, 1, 2))
-        return data.Split(torch.cat(images), labels.repeat(multiple))
+        return data.Split(torch.cat(images), labels.repeat(len(images)))
 
     def scaling(self) -> dict[str, dict[str, list[float]]]:
         """The row of table 2: accuracies with real images and with x1 .. xK, each seed; kept in ``table_2.json``."""
-        path, point = self.run.path / "table_2.json", self.point("after 4")
+        s, path = self.settings, self.run.path / "table_2.json"
+        point = {**self.point("after 4"), "class_mix": s.class_mix, "larger_sets": s.larger_sets}
+        if s.larger_sets == "random":
+            point["of"] = s.max_multiple
         rows, start = runs.load_json(path, {}), time.perf_counter()
         rows = {name: row for name, row in rows.items() if row["point"] in (None, point)}  # none of another step 4
-        names = ["real", *(f"x{k}" for k in range(1, self.settings.max_multiple + 1))]
+        names = ["real", *(f"x{k}" for k in range(1, s.max_multiple + 1))]
         n = len(self.data.train)  # of each set: where it samples, how many images
         wanted = {name: (None, n) if name == "real" else (point, int(name[1:]) * n) for name in names}
         if not all(self._same(rows.get(name), *wanted[name]) for name in names):
-            print(f"Step 5: {names[-1]} synthetic set, {len(names)} x {self.settings.classifier_seeds} classifiers "
+            print(f"Step 5: {names[-1]} synthetic set, {len(names)} x {s.classifier_seeds} classifiers "
                   f"({cost.text(self, '5_datasets')}).")  # fmt: skip
         for name in names:
             at, _ = wanted[name]

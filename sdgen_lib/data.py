@@ -145,8 +145,8 @@ def load(
     return ImageData(os.fspath(dataset), slug, data.class_names, train, val, test)
 
 
-def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear, antialiased: uint8 ``(N, 3, H, W)`` -> uint8 ``(N, 3, size, size)``; as is if that size."""
+def resize(images: torch.Tensor, size: int, antialias: bool = True) -> torch.Tensor:
+    """Bilinear, antialiased unless told: uint8 ``(N, 3, H, W)`` -> uint8 ``(N, 3, size, size)``; as is if that size."""
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; they must be uint8 (N, 3, H, W).")
     if images.shape[-2:] == (size, size):
@@ -156,7 +156,7 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     # hundred at a time, because all of CIFAR in float would fill a small machine's memory.
     for start in range(0, len(images), 256):
         batch = images[start : start + 256].float()
-        batch = torch.nn.functional.interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
+        batch = torch.nn.functional.interpolate(batch, size=(size, size), mode="bilinear", antialias=antialias)
         out[start : start + 256] = batch.round().clamp(0, 255).to(torch.uint8)
     return out
 

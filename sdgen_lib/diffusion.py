@@ -25,11 +25,15 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tenso
 
 def diffusion_loss(
     predict_noise: Predict, latents: torch.Tensor, context: torch.Tensor, t: torch.Tensor, noise: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
+    alphas_cumprod: torch.Tensor, weight: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Mean squared error between the noise and its prediction (Ho et al. 2020, eq. 14): a scalar."""
+    """Mean squared error between the noise and its prediction (Ho et al. 2020, eq. 14): a scalar.
+
+    ``weight`` float (B,): of each image's error (None: 1 for all); see `Backbone.loss_weight`.
+    """
     noisy = add_noise(latents, noise, alphas_cumprod[t])
-    return F.mse_loss(predict_noise(noisy, t, context).float(), noise)
+    errors = (predict_noise(noisy, t, context).float() - noise).square().mean(dim=(1, 2, 3))
+    return (errors if weight is None else weight * errors).mean()
 
 
 def guided_noise(

@@ -23,14 +23,16 @@ VERSIONS = ("torch", "diffusers", "transformers", "optuna", "numpy")
 
 # The settings that each step's result depends on (and, through its predecessors, nothing else).
 STEP_FIELDS = {
-    "1_transfer": ("class_encoder_start", "transfer_epochs", "transfer_batch_size", "transfer_learning_rate",
-                   "weight_decay", "clip_norm", "image_size"),
-    "2_tune": ("unconditional", "sampler", "num_images", "steps_min", "steps_max", "guidance_max", "select_on",
-               "classifier_width", "classifier_epochs", "classifier_batch_size", "classifier_epoch_images",
+    "1_transfer": ("class_encoder_rank", "class_encoder_tokens", "class_encoder_start", "transfer_epochs",
+                   "transfer_batch_size", "transfer_learning_rate", "weight_decay", "clip_norm", "image_size"),
+    "2_tune": ("unconditional", "sampler", "antialias", "num_images", "steps_min", "steps_max", "guidance_max",
+               "select_on", "pruning", "search_plateau_patience", "search_stop_patience", "classifier_width",
+               "classifier_shortcut", "classifier_epochs", "classifier_batch_size", "classifier_epoch_images",
                "classifier_learning_rate", "label_smoothing", "plateau_patience", "stop_patience"),
-    "3_finetune": ("finetune_epochs", "finetune_batch_size", "finetune_learning_rate", "weight_decay", "clip_norm"),
+    "3_finetune": ("finetune_method", "lora_rank", "optimizer", "finetune_epochs", "finetune_batch_size",
+                   "finetune_learning_rate", "weight_decay", "clip_norm"),
     "4_retune": ("num_images",),
-    "5_datasets": (),
+    "5_datasets": (),  # each table row and block notes its own
 }  # fmt: skip
 
 

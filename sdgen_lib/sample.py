@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import data
+from . import data, memory
 from .backbone import Backbone
 from .class_encoder import ClassEncoder
 from .diffusion import SAMPLERS, guided_noise
@@ -53,31 +53,40 @@ def generate_latents(
 def generate(
     backbone: Backbone, class_encoder: ClassEncoder, class_labels: torch.Tensor, *, num_inference_steps: int,
     guidance_scale: float, seed: int = 0, set_name: str = "set", first_index: int = 0, image_size: int | None = None,
-    unconditional: str = "zero", sampler: str = "ddim", batch_size: int = 128,
+    antialias: bool = True, unconditional: str = "zero", sampler: str = "ddim", batch_size: int = 128,
     progress: str | None = None, on_batch: Callable[[int], None] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Draws one image for each label: uint8 (N, 3, image_size, image_size), on the CPU.
 
     ``class_labels`` int64 (N,); ``num_inference_steps`` (IS) 1..1000; ``guidance_scale`` (UGS) >= 0;
     ``first_index`` the position in the set of the first label, so that a set can be made in shards;
-    ``image_size`` pixels (None: the backbone's); ``progress`` a title for a progress bar; ``on_batch(images done)``.
+    ``image_size`` pixels (None: the backbone's), ``antialias`` on the way there; ``batch_size`` images at once, fewer
+    where the accelerator's memory runs out; ``progress`` a title for a progress bar; ``on_batch(images done)``.
     """
     if not guidance_scale >= 0:
         raise ValueError(f"guidance_scale must be at least 0, not {guidance_scale!r}.")
     contexts = class_encoder.contexts().detach()
     empty_prompt = backbone.text_context([""])[0] if unconditional == "empty_prompt" else None
     away_from = class_encoder.unconditional(unconditional, empty_prompt).detach()
-    images = []
+    images: list[torch.Tensor] = []
+    micro = memory.MicroBatch(batch_size)
     with tqdm(total=len(class_labels), desc=progress, unit="image", disable=progress is None) as bar:
         for start in range(0, len(class_labels), batch_size):
             labels = class_labels[start : start + batch_size]
             indices = range(first_index + start, first_index + start + len(labels))
-            latents = generate_latents(
-                backbone, contexts[labels.to(contexts.device)], away_from,
-                initial_noise(seed, set_name, indices, backbone.latent_shape),
-                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, sampler=sampler,
-            )  # fmt: skip
-            images.append(data.resize(backbone.decode(latents).cpu(), image_size or backbone.image_size))
+            noise = initial_noise(seed, set_name, indices, backbone.latent_shape)
+            batch: list[torch.Tensor] = []
+
+            def work(part: slice):
+                latents = generate_latents(
+                    backbone, contexts[labels[part].to(contexts.device)], away_from, noise[part],
+                    num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, sampler=sampler,
+                )  # fmt: skip
+                small = data.resize(backbone.decode(latents).cpu(), image_size or backbone.image_size, antialias)
+                batch.append(small)
+
+            micro.run(len(labels), batch.clear, work)
+            images += batch
             bar.update(len(labels))
             if on_batch:
                 on_batch(start + len(labels))

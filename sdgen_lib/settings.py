@@ -17,6 +17,12 @@ CHOICES = {
     "sampler": ("ddim", "dpm-solver++"),
     "select_on": ("val", "test"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
+    "finetune_method": ("full", "lora"),
+    "optimizer": ("auto", "adamw", "adamw-8bit"),
+    "keep_unets": ("all", "used"),
+    "classifier_shortcut": ("subsample", "max_pool"),
+    "class_mix": ("real", "balanced"),
+    "larger_sets": ("nested", "random"),
 }
 
 
@@ -29,10 +35,13 @@ class Settings:
     recipe: str = "paper"
     seed: int = 0
     runs_dir: str | None = None  # None: `runs/` of the checkout, else of the working directory
-    image_size: int | None = None  # pixels, the classifier's; None: the dataset's own
+    image_size: int | None = 32  # pixels, the classifier's; None: the dataset's own
+    antialias: bool = True  # when generated images are made smaller for the classifier
     precision: str = "auto"  # of matrix products; auto: bf16 where the processor computes in it (see devices)
 
     # Step 1: the Class-Encoder. Step 3: the UNet. Sources: section 3, steps 1 and 3.
+    class_encoder_rank: int | None = None  # None: one linear map; else two, through so many numbers
+    class_encoder_tokens: int | None = None  # None: as many as the text encoder's context has
     class_encoder_start: str = "random"
     unconditional: str = "zero"  # not stated in the paper; what its released code does
     transfer_epochs: int = 50
@@ -43,6 +52,11 @@ class Settings:
     finetune_learning_rate: float = 1e-5
     weight_decay: float = 4e-3
     clip_norm: float = 10.0
+    finetune_method: str = "full"  # lora: low-rank updates of the attention alone (Hu et al. 2022)
+    lora_rank: int = 16
+    optimizer: str = "auto"  # auto: AdamW; its state in 8 bits where it would fill the accelerator (see train)
+    gradient_checkpointing: bool = False  # slower, less memory; also begun by itself when memory runs out
+    keep_unets: str = "all"  # used: delete the step 3 checkpoints that no table needs, once step 4 has chosen
 
     # Sampling and the searches of steps 2 and 4. Section 3, steps 2 and 4.
     sampler: str = "ddim"
@@ -50,6 +64,8 @@ class Settings:
     default_steps: int = 50  # Stable Diffusion's own defaults, the row "after 1"
     default_guidance: float = 7.5
     n_trials: int = 50
+    n_trials_retune: int | None = None  # of step 4; None: as many as in step 2
+    pruning: bool = True
     num_images: int = 4000  # of one trial, uniform over classes
     steps_min: int = 5
     steps_max: int = 50
@@ -58,17 +74,22 @@ class Settings:
 
     # The classifier. Section 4. Width 16 is what the name ResNet20 means; the released code's first stage has 64.
     classifier_width: int = 16
+    classifier_shortcut: str = "subsample"
     classifier_epochs: int = 100
     classifier_batch_size: int = 256
     classifier_learning_rate: float = 1e-3
     label_smoothing: float = 0.1
     plateau_patience: int = 10
     stop_patience: int = 25
+    search_plateau_patience: int | None = None  # in the searches; None: the two above
+    search_stop_patience: int | None = None
     classifier_epoch_images: int = 1  # an epoch of a smaller set passes over it as often as it takes to see so many
     classifier_seeds: int = 1  # classifiers trained on each set of the tables
 
     # Step 5: synthetic sets of 1 to max_multiple times the real one.
     max_multiple: int = 10
+    class_mix: str = "real"  # of the synthetic sets; balanced: equal numbers
+    larger_sets: str = "nested"  # x1 begins x2 begins x3 ...; random: x2 .. are random parts of xK, x1 is apart
 
     given: tuple[str, ...] = ()  # the names that were set by hand, over the recipe
 
@@ -79,23 +100,55 @@ class Settings:
 # What each recipe changes of the paper's protocol.
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
+    # What the authors' code does where it departs from the paper's text (the right column of `paper.DEPARTURES`).
+    "released": dict(
+        backbone="sd1.4", image_size=None, antialias=False, class_encoder_rank=500, class_encoder_tokens=100,
+        n_trials_retune=40, pruning=False, select_on="test", search_plateau_patience=25, search_stop_patience=50,
+        classifier_width=64, classifier_shortcut="max_pool", class_mix="balanced", larger_sets="random",
+    ),
     # One T4 hour: fewer images and trials; three classifiers a set, so that the tables carry a spread.
     "workshop": dict(
-        transfer_epochs=15, class_encoder_start="empty_prompt", transfer_learning_rate=1e-3, finetune_epochs=5,
-        n_trials=20, num_images=500, steps_max=25, default_steps=25, classifier_epochs=40, max_multiple=2,
-        classifier_seeds=3, classifier_batch_size=64,
+        image_size=None, transfer_epochs=15, class_encoder_start="empty_prompt", transfer_learning_rate=1e-3,
+        finetune_epochs=5, n_trials=20, num_images=500, steps_max=25, default_steps=25, classifier_epochs=40,
+        max_multiple=2, classifier_seeds=3, classifier_batch_size=64,
     ),
     # Minutes on two CPU cores with the tiny model. Its rates are its own: the paper's 1e-4 and 1e-5 suit contexts of
     # 77 x 1024 numbers and a UNet of 866 M parameters. Step 1 on digits, CAS at IS 10 and UGS 1 / 3, one classifier:
     # rate 3e-3 for 24 epochs 38 / 58 %, rate 0.1 for 12 epochs 93 / 91 %.
     "demo": dict(
-        class_encoder_start="empty_prompt", transfer_epochs=12, transfer_batch_size=32, transfer_learning_rate=0.1,
-        finetune_epochs=8, finetune_learning_rate=1e-4, weight_decay=0.0,
+        image_size=None, class_encoder_start="empty_prompt", transfer_epochs=12, transfer_batch_size=32,
+        transfer_learning_rate=0.1, finetune_epochs=8, finetune_learning_rate=1e-4, weight_decay=0.0,
         n_trials=18, num_images=400, steps_max=12, classifier_epochs=24, classifier_batch_size=32,
-        classifier_learning_rate=3e-3,
-        classifier_epoch_images=400,
-        plateau_patience=4, stop_patience=8, classifier_seeds=3, max_multiple=3,
+        classifier_learning_rate=3e-3, classifier_epoch_images=400, plateau_patience=4, stop_patience=8,
+        classifier_seeds=3, max_multiple=3,
     ),
+}  # fmt: skip
+
+# The settings that the paper or its released code speaks of, and where: what `protocol` compares a run with.
+SOURCES = {
+    "backbone": "section 4; released: KerasCV 0.6.1's SD 1.x",
+    "image_size": "section 4; released: each set's own",
+    "antialias": "released: the search's resizing",
+    "class_encoder_rank": "section 3, step 1; released: Dense(500), Dense(100 x 768)",
+    "class_encoder_tokens": "section 3, step 1; released: 100",
+    "unconditional": "not in the paper; released: the zero vector",
+    **dict.fromkeys(("transfer_epochs", "transfer_batch_size", "transfer_learning_rate"), "section 3, step 1"),
+    **dict.fromkeys(("weight_decay", "clip_norm"), "section 3, step 1; released: decoupled (AdamW)"),
+    **dict.fromkeys(("finetune_epochs", "finetune_batch_size", "finetune_learning_rate"), "section 3, step 3"),
+    "finetune_method": "section 3, step 3: the whole UNet",
+    "sampler": "released: KerasCV's deterministic DDIM",
+    **dict.fromkeys(("n_trials", "num_images", "steps_min", "steps_max", "guidance_max"), "section 3, step 2"),
+    "n_trials_retune": "section 3, step 4; released: 40 trials",
+    "pruning": "section 3, step 2: Hyperband; released: no trial is ever pruned",
+    "select_on": "paper: 'a real test set'; released: the tables' test set",
+    "classifier_width": "section 4: ResNet20; released: first stage of 64 filters",
+    "classifier_shortcut": "He et al. 2016, option A; released: max-pooling",
+    **dict.fromkeys(("classifier_epochs", "classifier_batch_size", "classifier_learning_rate", "label_smoothing",
+                     "plateau_patience", "stop_patience"), "section 4"),
+    **dict.fromkeys(("search_plateau_patience", "search_stop_patience"), "released: 25 and 50 in the searches"),
+    "max_multiple": "section 3, step 5",
+    "class_mix": "section 3, step 5; released: balanced",
+    "larger_sets": "not in the paper; released: random parts of one x10 set",
 }  # fmt: skip
 
 
@@ -110,21 +163,23 @@ def unknown_name(what: str, name: object, allowed) -> ValueError:
     return ValueError(f"Unknown {what} {name!r}.{hint} Allowed: {', '.join(allowed)}.")
 
 
-def _checked(name: str, value: Any, default: Any) -> Any:
-    """One parameter's value, of the type of its default; raises ValueError that names what is allowed."""
+def _checked(name: str, value: Any, kind: str) -> Any:
+    """One parameter's value, of the ``kind`` that its field is annotated with; raises ValueError that says what is
+    allowed."""
     if name in CHOICES:
         if value not in CHOICES[name]:
             raise unknown_name(f"value for {name}", value, CHOICES[name])
         return value
-    if name in ("dataset", "backbone"):
+    if name in ("dataset", "backbone", "runs_dir"):
         if not isinstance(value, (str, Path)) or not str(value).strip():
-            raise ValueError(f"{name} must be a name or a path, not {value!r}.")
+            wanted = "a folder" if name == "runs_dir" else "a name or a path"
+            raise ValueError(f"{name} must be {wanted}, not {value!r}.")
         return str(value)
-    if name == "runs_dir":
-        if not isinstance(value, (str, Path)) or not str(value).strip():
-            raise ValueError(f"runs_dir must be a folder or None, not {value!r}.")
-        return str(value)
-    if isinstance(default, float):
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, not {value!r}.")
+        return value
+    if kind == "float":
         low = 0.0
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
             raise ValueError(f"{name} must be a number of at least {low:g}, not {value!r}.")
@@ -138,17 +193,19 @@ def _checked(name: str, value: Any, default: Any) -> Any:
 def resolve(recipe: str = "auto", backbone: str = "auto", **given: Any) -> Settings:
     """Settings of a run: the recipe's values, over them what is given (``None`` means the recipe's value).
 
-    ``auto`` is the tiny model with the `demo` recipe without a GPU, Stable Diffusion 2 with `workshop` on one.
+    ``auto`` is the tiny model with the `demo` recipe without a GPU; on one, `workshop` and Stable Diffusion 2 (1.4 with
+    `released`, whose authors used a 1.x model).
     Raises ValueError for an unknown name (with the nearest right one), a wrong type or a value out of range.
     """
     import torch  # here, so that checking a parameter costs no second
 
     gpu = torch.cuda.is_available()
     recipe = ("workshop" if gpu else "demo") if recipe in ("auto", None) else recipe
-    backbone = ("sd2" if gpu else "tiny") if backbone in ("auto", None) else backbone
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, ["auto", *RECIPES])
-    fields = {f.name: f.default for f in dataclasses.fields(Settings) if f.name != "given"}
+    if backbone in ("auto", None):
+        backbone = RECIPES[recipe].get("backbone", "sd2") if gpu else "tiny"
+    fields = {f.name: f.type.removesuffix(" | None") for f in dataclasses.fields(Settings) if f.name != "given"}
     for name in given:
         if name not in fields:
             raise unknown_name("parameter", name, fields)
@@ -160,7 +217,39 @@ def resolve(recipe: str = "auto", backbone: str = "auto", **given: Any) -> Setti
     settings = Settings(recipe=recipe, given=tuple(sorted(set(by_hand) - set(SHARED))), **values)
     if settings.steps_min > settings.steps_max:
         raise ValueError(f"steps_min ({settings.steps_min}) must not exceed steps_max ({settings.steps_max}).")
+    if "empty_prompt" in (settings.class_encoder_start, settings.unconditional) and (
+        settings.class_encoder_rank or settings.class_encoder_tokens
+    ):
+        raise ValueError(
+            "The empty prompt's context (class_encoder_start or unconditional) fits the paper's Class-Encoder alone: "
+            "give no class_encoder_rank or class_encoder_tokens with it, or choose 'random' and 'zero'."
+        )
     return settings
+
+
+def protocol(settings: Settings) -> list[dict[str, Any]]:
+    """What a run follows and where it departs: a row for each setting the paper or its released code fixes.
+
+    Each row has ``setting``, ``this run``, ``paper``, ``released code`` (their values) and ``source``.
+    """
+    columns = {
+        "this run": settings.to_dict(),
+        "paper": {**Settings().to_dict(), "backbone": "sd2"},
+        "released code": {**Settings().to_dict(), **RECIPES["released"]},
+    }
+    return [
+        {"setting": name, **{column: values[name] for column, values in columns.items()}, "source": source}
+        for name, source in SOURCES.items()
+    ]
+
+
+def followed(settings: Settings) -> str:
+    """One line: in how many of those settings a run is as the paper, or as its released code if that is the recipe."""
+    like = "released code" if settings.recipe == "released" else "paper"
+    rows = protocol(settings)
+    departures = [f"{row['setting']} {row['this run']} ({row[like]})" for row in rows if row["this run"] != row[like]]
+    text = f"the {like} in {len(rows) - len(departures)} of {len(rows)} settings"
+    return f"{text}; departs (theirs in brackets): {', '.join(departures)}" if departures else text
 
 
 def from_notebook(namespace: Mapping[str, Any]) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import runs
+from . import memory, runs
 from .backbone import Backbone
 from .class_encoder import ClassEncoder
 from .diffusion import diffusion_loss
@@ -59,6 +60,7 @@ def held_out_losses(
                 loss = diffusion_loss(
                     backbone.predict_noise, held_out.latents[rows], context, t[rows].to(backbone.device),
                     noise[rows].to(backbone.device), backbone.alphas_cumprod,
+                    backbone.loss_weight(t[rows].to(backbone.device)),
                 )  # fmt: skip
                 totals[kind] += float(loss) * len(labels) / (n * FIXED_NOISES)
     return totals
@@ -66,72 +68,135 @@ def held_out_losses(
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimiser's state by flat names, 'optimizer.<parameter number>.<quantity>': what safetensors can hold."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, values in state.items() for k, v in values.items()}
+    parameters = optimizer.param_groups[0]["params"]
+    return {f"optimizer.{i}.{k}": torch.as_tensor(v)
+            for i, p in enumerate(parameters) for k, v in optimizer.state[p].items()}  # fmt: skip
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = optimizer.param_groups[0]["params"]
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, number, quantity = name.split(".")
-            state.setdefault(int(number), {})[quantity] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            parameter = parameters[int(number)]
+            if quantity == "step":  # torch counts in a float on the CPU, bitsandbytes in a plain number
+                value = value if value.is_floating_point() else int(value)
+            else:
+                value = value.to(parameter.device)
+            optimizer.state[parameter][quantity] = value
+
+
+def optimizer_for(
+    parameters: list[nn.Parameter], name: str, *, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW (the released code's Keras Adam decays decoupled too), or with a state of 8 bits (Dettmers et al. 2022).
+
+    ``name`` "auto" takes 8 bits where weights, gradients and a float32 state, 16 bytes a parameter, would fill more
+    than 60 % of a CUDA card: the whole UNet of Stable Diffusion on 15 GiB. Raises ImportError, with the ways out, where
+    bitsandbytes is needed and missing.
+    """
+    device = parameters[0].device
+    if name == "auto":
+        needed = 16 * sum(p.numel() for p in parameters)
+        small = device.type == "cuda" and needed > 0.6 * torch.cuda.get_device_properties(device).total_memory
+        name = "adamw-8bit" if small else "adamw"
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError(
+            "Training this UNet here needs an optimiser state of 8 bits: pip install bitsandbytes, or choose "
+            "finetune_method='lora', or optimizer='adamw' if the memory suffices."
+        ) from error
+    return AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 
 def fit(
-    trainable: nn.Module, backbone: Backbone, class_encoder: ClassEncoder, train: Latents, held_out: Latents,
-    folder: Path, *, epochs: int, batch_size: int, learning_rate: float, weight_decay: float, clip_norm: float,
-    seed: int, unconditional: str = "zero", title: str = "training",
+    trainable: Mapping[str, nn.Parameter], backbone: Backbone, class_encoder: ClassEncoder, train: Latents,
+    held_out: Latents, folder: Path, *, epochs: int, batch_size: int, learning_rate: float, weight_decay: float,
+    clip_norm: float, seed: int, unconditional: str = "zero", optimizer: str = "auto",
+    gradient_checkpointing: bool = False, title: str = "training",
 ) -> pd.DataFrame:  # fmt: skip
-    """Trains ``trainable`` (the Class-Encoder, or the backbone's UNet) with the diffusion loss; the rest stays frozen.
+    """Trains ``trainable`` with the diffusion loss: parameters, by name, of the Class-Encoder or the backbone's UNet.
 
-    AdamW, global clip norm, cosine decay to zero over all steps (paper, section 3, step 1). Every epoch leaves a
-    checkpoint ``epoch_001.safetensors`` .. in ``folder``, and the state from which a killed training goes on to the
-    same result: each epoch's order, timesteps and noise come from (seed, epoch) alone.
+    All else stays frozen. AdamW, global clip norm, cosine decay to zero over all steps (paper, section 3, step 1).
+    Every epoch leaves a checkpoint ``epoch_001.safetensors`` .. in ``folder``, and the state from which a killed
+    training goes on to the same result: each epoch's order, timesteps and noise come from (seed, epoch) alone.
 
-    Returns one row per epoch, index ``epoch``: train (loss), and right, wrong, empty (see `held_out_losses`).
+    Where the accelerator's memory runs out, gradient checkpointing is switched on, then a batch goes through in parts
+    whose gradients add up to the batch's; the part size is kept in ``folder/micro_batch.json``. float16 scales the
+    loss. Returns one row per epoch, index ``epoch``: train (loss), and right, wrong, empty (see `held_out_losses`).
     Raises FloatingPointError if the loss stops being finite; the checkpoints of earlier epochs stay.
     """
-    parameters = [p.requires_grad_(True) for p in trainable.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    trainable = {name: p.requires_grad_(True) for name, p in trainable.items()}
+    parameters = list(trainable.values())
+    adam = optimizer_for(parameters, optimizer, learning_rate=learning_rate, weight_decay=weight_decay)
+    # Small gradients vanish in float16 unless the loss is made large first; elsewhere this does nothing.
+    scaler = torch.amp.GradScaler(torch.device(backbone.device).type, enabled=backbone.dtype == torch.float16)
     n = len(train.labels)
-    total_steps = epochs * math.ceil(n / batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
-    )
+    steps_per_epoch = math.ceil(n / batch_size)
+    total_steps = epochs * steps_per_epoch
     empty_prompt = backbone.text_context([""])[0] if unconditional == "empty_prompt" else None
     history: list[dict[str, float]] = runs.load_json(folder / "history.json", [])
     state_path = folder / "state.safetensors"
     if history and state_path.exists():
         state = runs.load_tensors(state_path)
         history = history[: int(state["epoch"])]
-        trainable.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
-        _load_optimizer(optimizer, state)
-        schedule.last_epoch = len(history) * math.ceil(n / batch_size)
-        for group, rate in zip(optimizer.param_groups, [schedule.lr_lambdas[0](schedule.last_epoch) * learning_rate]):
-            group["lr"] = rate
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(state[f"model.{name}"])
+        _load_optimizer(adam, state)
+        if scaler.is_enabled():
+            scaler.load_state_dict({**scaler.state_dict(), "scale": float(state["loss_scale"])})
     else:
         history = []
+
+    def relief() -> bool:
+        if backbone.unet.is_gradient_checkpointing:
+            return False
+        backbone.unet.enable_gradient_checkpointing()
+        return True
+
+    if gradient_checkpointing:
+        backbone.unet.enable_gradient_checkpointing()
+    known = runs.load_json(folder / "micro_batch.json", {"size": batch_size, "gradient_checkpointing": False})
+    if known["gradient_checkpointing"]:
+        backbone.unet.enable_gradient_checkpointing()
+    micro = memory.MicroBatch(min(known["size"], batch_size), relief)
 
     bar = tqdm(total=epochs, initial=len(history), desc=title, unit="epoch")
     for epoch in range(len(history) + 1, epochs + 1):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         losses = torch.zeros(())
-        for rows in torch.randperm(n, generator=generator).split(batch_size):
+        for step, rows in enumerate(torch.randperm(n, generator=generator).split(batch_size)):
             t = torch.randint(0, len(backbone.alphas_cumprod), (len(rows),), generator=generator)
             noise = torch.randn(len(rows), *train.latents.shape[1:], generator=generator)
-            rows = rows.to(train.labels.device)
-            loss = diffusion_loss(
-                backbone.predict_noise, train.latents[rows], class_encoder.contexts()[train.labels[rows]],
-                t.to(backbone.device), noise.to(backbone.device), backbone.alphas_cumprod,
-            )  # fmt: skip
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            rows, t, noise = rows.to(train.labels.device), t.to(backbone.device), noise.to(backbone.device)
+            batch_losses: list[torch.Tensor] = []
+
+            def begin():
+                adam.zero_grad(set_to_none=True)
+                batch_losses.clear()
+
+            def work(part: slice):
+                loss = diffusion_loss(
+                    backbone.predict_noise, train.latents[rows[part]],
+                    class_encoder.contexts()[train.labels[rows[part]]], t[part], noise[part],
+                    backbone.alphas_cumprod, backbone.loss_weight(t[part]),
+                ) * (len(rows[part]) / len(rows))  # fmt: skip
+                scaler.scale(loss).backward()
+                batch_losses.append(loss.detach())
+
+            micro.run(len(rows), begin, work)
+            done = (epoch - 1) * steps_per_epoch + step
+            for group in adam.param_groups:
+                group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * done / total_steps))
+            scaler.unscale_(adam)
             nn.utils.clip_grad_norm_(parameters, clip_norm)
-            optimizer.step()
-            schedule.step()
-            losses += loss.detach().cpu() * len(rows) / n
+            scaler.step(adam)
+            scaler.update()
+            losses += torch.stack(batch_losses).sum().cpu() * len(rows) / n
         if not torch.isfinite(losses):
             raise FloatingPointError(
                 f"Loss of {title}, epoch {epoch}, is {float(losses)}: lower the learning rate of {learning_rate:g}. "
@@ -139,16 +204,21 @@ def fit(
             )
         away_from = class_encoder.unconditional(unconditional, empty_prompt)
         history.append({"train": float(losses), **held_out_losses(backbone, class_encoder, held_out, away_from)})
-        weights = trainable.state_dict()
-        large = sum(v.numel() for v in weights.values()) > 1_000_000  # a UNet: half precision halves the disk
-        kept = {k: v.half() for k, v in weights.items()} if large else weights
+        large = sum(p.numel() for p in parameters) > 1_000_000  # a UNet: half precision halves the disk
+        kept = {name: p.half() if large else p for name, p in trainable.items()}
         runs.save_tensors(checkpoint_path(folder, epoch), kept)
         runs.save_json(folder / "history.json", history)
-        runs.save_tensors(state_path, {"epoch": torch.tensor(epoch), **{f"model.{k}": v for k, v in weights.items()},
-                                       **_optimizer_tensors(optimizer)})  # fmt: skip
+        runs.save_tensors(state_path, {"epoch": torch.tensor(epoch), "loss_scale": torch.tensor(scaler.get_scale()),
+                                       **{f"model.{name}": p for name, p in trainable.items()},
+                                       **_optimizer_tensors(adam)})  # fmt: skip
+        used = {"size": micro.size, "gradient_checkpointing": backbone.unet.is_gradient_checkpointing}
+        if used != known:
+            runs.save_json(folder / "micro_batch.json", used)
         bar.set_postfix({name: f"{value:.4f}" for name, value in history[-1].items()})
         bar.update()
     bar.close()
-    optimizer.zero_grad(set_to_none=True)
-    trainable.requires_grad_(False)
+    adam.zero_grad(set_to_none=True)
+    backbone.unet.disable_gradient_checkpointing()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
     return pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))

@@ -77,17 +77,19 @@ def open_study(path: Path, name: str) -> optuna.Study:
 
 def search(
     study: optuna.Study, space: Space, images_of: Callable[[int, float, int], torch.Tensor], labels: torch.Tensor,
-    data: ImageData, *, n_trials: int, select_on: str, seed: int, classifier_options: dict,
+    data: ImageData, *, n_trials: int, select_on: str, seed: int, classifier_options: dict, pruning: bool = True,
     on_trial: Callable[[optuna.Study], None] | None = None,
 ) -> optuna.Study:  # fmt: skip
     """Runs the trials that ``study`` still lacks of ``n_trials``; each one generates, trains a ResNet20 and tests it.
 
     ``images_of(IS, UGS, epoch)`` -> uint8 (N, 3, H, W), one for each of ``labels``. The objective is the best accuracy
     on real validation images (``select_on`` "val"), or on the test images as published ("test"); the test accuracy is
-    recorded beside it either way. The accuracy of every classifier epoch is reported, and the pruner ends the trials
-    that fall behind. ``on_trial(study)`` is called after each.
+    recorded beside it either way. The accuracy of every classifier epoch is reported, and with ``pruning`` the trials
+    that fall behind are ended. ``on_trial(study)`` is called after each.
     """
     pruner, sampler = plan(n_trials, classifier_options["epochs"], seed)
+    if not pruning:
+        pruner = optuna.pruners.NopPruner()
 
     def objective(trial: optuna.Trial) -> float:
         start = time.perf_counter()

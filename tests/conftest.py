@@ -44,7 +44,8 @@ def flat_model():
     alphas_cumprod = torch.full((10,), 0.5)
     return types.SimpleNamespace(
         alphas_cumprod=alphas_cumprod, predict_noise=predict_of_flat_images(alphas_cumprod), device="cpu",
-        text_context=lambda prompts: torch.zeros(len(prompts), 1, 4),
+        text_context=lambda prompts: torch.zeros(len(prompts), 1, 4), dtype=torch.float32, loss_weight=lambda t: None,
+        unet=types.SimpleNamespace(is_gradient_checkpointing=False, disable_gradient_checkpointing=lambda: None),
     )  # fmt: skip
 
 
@@ -65,8 +66,8 @@ def micro():
 class Finished:
     """A micro run through every step: its folder's base, results, and the work that each step really did.
 
-    ``work[step]`` counts images: "pass" through the UNet without a gradient, "trained" through it with one,
-    "classifier" through a classifier in training.
+    ``work[step]`` counts images: "pass" through the UNet without a gradient, "trained" through it with one, "encode"
+    and "decode" through the VAE, "classifier" through a classifier in training.
     """
 
     runs_dir: str
@@ -83,6 +84,7 @@ def finished(tmp_path_factory, micro):
     cost.measure(course)  # now, so that its own passes are not counted
     work, now = {}, {}
     predict_noise, forward = backbone.Backbone.predict_noise, classifier.ResNet20.forward
+    encode, decode = backbone.Backbone.encode, backbone.Backbone.decode
 
     def counted_predict(self, latents, t, context):
         now["trained" if torch.is_grad_enabled() else "pass"] += len(latents)
@@ -92,13 +94,23 @@ def finished(tmp_path_factory, micro):
         now["classifier"] += len(images) if self.training else 0
         return forward(self, images)
 
+    def counted_encode(self, images, *args):
+        now["encode"] += len(images)
+        return encode(self, images, *args)
+
+    def counted_decode(self, latents):
+        now["decode"] += len(latents)
+        return decode(self, latents)
+
     def counted(step, call):
         nonlocal now
-        now = work[step] = {"pass": 0, "trained": 0, "classifier": 0}
+        now = work[step] = dict.fromkeys(("pass", "trained", "encode", "decode", "classifier"), 0)
         return call()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone.Backbone, "predict_noise", counted_predict)
+        patch.setattr(backbone.Backbone, "encode", counted_encode)
+        patch.setattr(backbone.Backbone, "decode", counted_decode)
         patch.setattr(classifier.ResNet20, "forward", counted_forward)
         for step, call in (("1_transfer", course.transfer), ("2_tune", course.search),
                            ("3_finetune", course.finetune), ("4_retune", course.research)):  # fmt: skip

@@ -52,6 +52,42 @@ def test_a_start_context_is_every_classs_first(encoder):
     assert not torch.equal(spread[0], spread[1])  # without a start the classes differ
 
 
+@pytest.fixture
+def released():
+    """The shape of the released code's, smaller: 3 classes -> 4 numbers -> 5 tokens of 2."""
+    torch.manual_seed(0)
+    encoder = ClassEncoder(3, 5, 2, rank=4)
+    with torch.no_grad():
+        encoder.linear[0].bias.normal_()
+    return encoder
+
+
+def test_the_released_codes_two_maps(released):
+    first, second = released.linear
+    assert {name: tuple(p.shape) for name, p in released.named_parameters()} == {
+        "linear.0.weight": (4, 3), "linear.0.bias": (4,), "linear.1.weight": (10, 4),
+    }  # fmt: skip
+    vectors = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    weight, bias, weight_2 = (p.detach().numpy() for p in released.parameters())
+    by_numpy = (vectors @ weight.T + bias) @ weight_2.T
+    with torch.no_grad():
+        np.testing.assert_allclose(released(torch.from_numpy(vectors)).numpy(), by_numpy.reshape(6, 5, 2), atol=1e-5)
+        shared = (second.weight @ first.bias).view(5, 2)
+        torch.testing.assert_close(released.unconditional("zero"), shared)
+        many = released(torch.randn(50, 3)).flatten(1) - shared.flatten()
+    assert int(torch.linalg.matrix_rank(many)) == 3  # linear: no more than there are classes, whatever lies between
+
+
+def test_the_released_codes_start(released):
+    fresh = ClassEncoder(100, 100, 768, rank=500)
+    assert (fresh.linear[0].bias == 0).all()
+    for layer in fresh.linear:  # Keras' Glorot uniform: +-sqrt(6 / (fan in + fan out))
+        limit = (6 / sum(layer.weight.shape)) ** 0.5
+        assert 0.99 * limit < float(layer.weight.detach().abs().max()) < 1.0001 * limit
+    with pytest.raises(ValueError, match="use start=None"):
+        ClassEncoder(3, 5, 2, start=torch.zeros(5, 2), rank=4)
+
+
 def test_the_three_unconditional_contexts(encoder):
     zero = by_hand(encoder, np.zeros((1, 3), np.float32))[0]
     np.testing.assert_allclose(encoder.unconditional("zero").detach().numpy(), zero, atol=1e-6)

@@ -47,10 +47,25 @@ def test_a_block_that_adds_nothing_is_its_shortcut(channels, stride):
     assert (found[:, 4:] == 0).all()
 
 
+@pytest.mark.parametrize("size", [4, 7])
+def test_the_released_codes_shortcut_is_max_pooling(size):
+    block = classifier.Block(4, 8, 2, "max_pool")
+    torch.nn.init.zeros_(block.norm2.weight)
+    x = torch.rand(2, 4, size, size)
+    found, half = block(x), (size + 1) // 2
+    assert found.shape == (2, 8, half, half)
+    for i in range(half):
+        for j in range(half):
+            corner = x[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            assert torch.equal(found[:, :4, i, j], corner.amax((2, 3)))
+    assert (found[:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("shortcut", ["subsample", "max_pool"])
 @pytest.mark.parametrize("size", [8, 16, 28, 32])
-def test_any_size(size):
+def test_any_size(size, shortcut):
     images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
-    assert classifier.ResNet20(7)(images).shape == (3, 7)
+    assert classifier.ResNet20(7, shortcut=shortcut)(images).shape == (3, 7)
 
 
 def test_accuracy_and_predict():

@@ -20,7 +20,7 @@ def test_readable(seconds, expected):
 
 def told(monkeypatch, course, step, space=None, **unit):
     """The number in the line before a step, when each kind of work costs what ``unit`` says."""
-    units = {"pass": 0.0, "transfer": 0.0, "finetune": 0.0, "classifier": 0.0, **unit}
+    units = {**dict.fromkeys(cost.KINDS, 0.0), **unit}
     with monkeypatch.context() as patch:
         patch.setattr(cost, "measure", lambda course: units)
         patch.setattr(cost, "readable", repr)
@@ -38,6 +38,17 @@ def test_held_out_passes(finished, monkeypatch, step):
     held_out = finished.work[step]["pass"]
     assert held_out == 2 * 202 * 3 * train.FIXED_NOISES  # epochs, validation images, three labels
     assert told(monkeypatch, finished.course, step, **{"pass": 1.0}) == pytest.approx(held_out, rel=0.05)
+
+
+@pytest.mark.parametrize("step", cost.STEPS)
+@pytest.mark.parametrize("half", ["encode", "decode"])
+def test_passes_of_the_vae(finished, monkeypatch, step, half):
+    """Exactly: the real images are encoded once, in step 1; each generated image is decoded once."""
+    found = finished.work[step][half]
+    assert told(monkeypatch, finished.course, step, **{half: 1.0}) == found
+    expected = {("1_transfer", "encode"): 100 + 202, ("2_tune", "decode"): 4 * 40, ("4_retune", "decode"): 4 * 40,
+                ("5_datasets", "decode"): 2 * 100}  # fmt: skip
+    assert found == expected.get((step, half), 0)
 
 
 @pytest.mark.parametrize("step", ["2_tune", "4_retune"])
@@ -66,7 +77,7 @@ def test_the_synthetic_sets(finished, monkeypatch):
 
 
 def test_a_larger_recipe_costs_more(finished, monkeypatch):
-    unit = {"pass": 1e-3, "transfer": 2e-3, "finetune": 3e-3, "classifier": 1e-4}
+    unit = {"pass": 1e-3, "transfer": 2e-3, "finetune": 3e-3, "encode": 0.0, "decode": 0.0, "classifier": 1e-4}
     monkeypatch.setattr(cost, "measure", lambda course: unit)
     monkeypatch.setattr(cost, "readable", lambda seconds: seconds)
     table = cost.table(finished.course)
@@ -81,6 +92,6 @@ def test_a_larger_recipe_costs_more(finished, monkeypatch):
 def test_measure_leaves_the_backbone_frozen(micro, tmp_path):
     course = Course(micro(tmp_path))
     unit = cost.measure(course)
-    assert set(unit) == {"pass", "transfer", "finetune", "classifier"} and all(value > 0 for value in unit.values())
+    assert set(unit) == set(cost.KINDS) and all(value > 0 for value in unit.values())
     assert not any(p.requires_grad or p.grad is not None for p in course.backbone.unet.parameters())
     assert cost.measure(course) is unit  # measured once

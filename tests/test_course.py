@@ -200,6 +200,23 @@ def test_sets_are_nested_and_have_the_real_class_counts(finished):
     assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))  # fresh noise
 
 
+def test_balanced_sets_and_random_parts(finished, micro, tmp_path):
+    """As in the released code: equal numbers per class, x1 apart, x2 a random part of x3."""
+    shutil.copytree(finished.runs_dir, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "digits-100/tiny-demo-seed0/5_datasets")
+    course = Course(micro(tmp_path, class_mix="balanced", larger_sets="random", max_multiple=3))
+    one, two, three = (course.synthetic(k) for k in (1, 2, 3))
+    assert [len(part) for part in (one, two, three)] == [100, 200, 300]
+    assert torch.bincount(one.labels).tolist() == [10] * 10 and torch.bincount(three.labels).tolist() == [30] * 10
+    drawn = {image.numpy().tobytes(): int(label) for image, label in zip(three.images, three.labels, strict=True)}
+    inside = [drawn.get(image.numpy().tobytes()) == int(label) for image, label in zip(two.images, two.labels)]
+    assert all(inside) and len({image.numpy().tobytes() for image in two.images}) == 200  # no image twice
+    assert not any(image.numpy().tobytes() in drawn for image in one.images)
+    rows = course.scaling()
+    assert [rows[name]["num_images"] for name in ("real", "x1", "x2", "x3")] == [100, 100, 200, 300]
+    assert rows["x3"]["point"]["class_mix"] == "balanced"
+
+
 def test_the_sets_start_from_noise_of_no_trial(finished):
     """The same labels at the same point, as a trial would draw them."""
     course = finished.course
@@ -297,6 +314,60 @@ def test_wrong_data_stops_before_anything_is_made(micro, tmp_path):
     with pytest.raises(ValueError, match="Unknown dataset 'digit'.*Did you mean 'digits'"):
         Course(micro(tmp_path / "runs", dataset="digit"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_released_recipe_from_end_to_end(micro, tmp_path):
+    """Its Class-Encoder, classifier, searches and sets, on the tiny model with small numbers."""
+    course = Course(micro(
+        tmp_path, recipe="released", dataset="digits:20", n_trials=3, n_trials_retune=2, num_images=20,
+        classifier_width=8, classifier_epochs=2, transfer_epochs=1,
+    ))  # fmt: skip
+    encoder = course.new_class_encoder()
+    assert encoder.contexts().shape == (10, 100, 64) and encoder.linear[0].out_features == 500
+    rows, sets = [course.cas(row) for row in ROWS], course.scaling()
+    assert all(row["select_on"] == "test" for row in rows)
+    first, second = tune.trials_frame(course.search()), tune.trials_frame(course.research())
+    assert (len(first), len(second)) == (3, 2) and not first.pruned.any() and not second.pruned.any()
+    assert (first.value == first.test_accuracy).all()
+    assert list(sets) == ["real", "x1", "x2"]
+    assert torch.bincount(course.synthetic(2).labels).sum() == 40
+    assert (course.run.path / "5_datasets/block_00.npz").exists()  # x1, apart from x2
+    assert "the released code in" in str(course)
+
+
+def test_a_search_waits_longer_where_its_recipe_says_so(micro, tmp_path):
+    released = courses.classifier_options(micro(tmp_path, recipe="released"), in_search=True)
+    assert (released["plateau_patience"], released["stop_patience"]) == (25, 50)
+    tables = courses.classifier_options(micro(tmp_path, recipe="released"))
+    assert (tables["plateau_patience"], tables["stop_patience"]) == (10, 25)
+    assert courses.classifier_options(micro(tmp_path), in_search=True) == courses.classifier_options(micro(tmp_path))
+
+
+def test_only_used_unets_are_kept_when_asked(micro, tmp_path):
+    course = Course(micro(tmp_path, finetune_epochs=4, keep_unets="used"))
+    course.finetune()
+    folder = course.run.path / "3_finetune"
+    assert len(list(folder.glob("epoch_*"))) == 4
+    best = course.research().best_params["epoch"]
+    kept = {f"epoch_{epoch:03d}.safetensors" for epoch in (best, 4)}
+    assert {path.name for path in folder.glob("epoch_*")} == kept
+    course.cas("after 3"), course.cas("after 4")
+    gone = next(epoch for epoch in (1, 2, 3) if epoch != best)
+    with pytest.raises(FileNotFoundError, match="keep_unets='used' deletes"):
+        course.use(1, gone)
+
+
+def test_step_3_is_refused_where_the_disk_has_no_room(finished, monkeypatch, capsys):
+    course = finished.course
+    large = [torch.nn.Parameter(torch.zeros(1).expand(200_000_000))]  # counted, not stored
+    monkeypatch.setattr(type(course.backbone.unet), "parameters", lambda self: large)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, int(5e9)))
+        with pytest.raises(OSError, match="needs up to 6 GB in .*where 5 GB are free.*finetune_method='lora'"):
+            course._check_disk()
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, int(6e9)))
+        course._check_disk()
+    assert "Keeps 2 UNets of 0.4 GB" in capsys.readouterr().out
 
 
 def test_a_unet_tuned_with_another_class_encoder_is_refused(finished, tmp_path):

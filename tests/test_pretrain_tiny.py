@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from sdgen_lib import backbone, pretrain_tiny, source_images
+from sdgen_lib import backbone, backbone_files, pretrain_tiny, source_images
 
 
 def captions(with_digits=True):
@@ -29,7 +29,7 @@ def tokenizer(request, built):
         return built
     if request.param == "shipped":
         return backbone.load("tiny", device="cpu").tokenizer
-    return CLIPTokenizer.from_pretrained(backbone.TINY, subfolder="tokenizer")
+    return CLIPTokenizer.from_pretrained(backbone_files.TINY, subfolder="tokenizer")
 
 
 def test_every_caption_fits_and_every_word_is_one_token(tokenizer):

@@ -48,6 +48,28 @@ def test_the_batch_size_does_not_matter(generate, whole, batch_size):
     assert gap(generate(batch_size=batch_size), whole) <= 1
 
 
+def test_a_full_memory_makes_the_batches_smaller_and_no_other_images(tiny, generate, whole, monkeypatch, capsys):
+    sizes, predict_noise = [], type(tiny).predict_noise
+
+    def small_card(self, latents, t, context):
+        if len(latents) > 4:  # both halves of guidance: two images
+            raise torch.OutOfMemoryError("full")
+        sizes.append(len(latents))
+        return predict_noise(self, latents, t, context)
+
+    monkeypatch.setattr(type(tiny), "predict_noise", small_card)
+    assert gap(generate(), whole) <= 1
+    assert max(sizes) == 4 and "going on with 2 images at once, not 3" in capsys.readouterr().out
+
+
+def test_resizing_without_antialiasing(generate, whole):
+    """16 of 32 pixels: bilinear samples between each two pixels; antialiasing looks further around."""
+    expected = whole.float().unflatten(3, (16, 2)).mean(4).unflatten(2, (16, 2)).mean(3)
+    found = generate(image_size=16, antialias=False)
+    assert (found.float() - expected).abs().max() <= 1
+    assert gap(generate(image_size=16), found) > 5
+
+
 def test_shards_make_the_same_set(generate, whole):
     shards = [generate(LABELS[a:b], first_index=a) for a, b in ((0, 2), (2, 5))]
     assert gap(torch.cat(shards), whole) <= 1

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from sdgen_lib.settings import RECIPES, Settings, from_notebook, resolve
+from sdgen_lib.settings import RECIPES, SOURCES, Settings, followed, from_notebook, protocol, resolve
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,7 @@ def test_a_wrong_name_is_refused_with_the_nearest_right_one(given, message):
         ("image_size", 0), ("image_size", "16"), ("transfer_epochs", 10**10),
         ("guidance_max", -0.1), ("guidance_max", math.nan), ("guidance_max", math.inf), ("guidance_max", "7.5"),
         ("default_guidance", True), ("transfer_learning_rate", -1e-4), ("weight_decay", [0.1]),
+        ("pruning", 1), ("pruning", "yes"), ("antialias", 0), ("class_encoder_rank", 0), ("lora_rank", 2.0),
         ("dataset", ""), ("dataset", "  "), ("dataset", 3), ("backbone", ""), ("runs_dir", ""), ("runs_dir", 5),
     ],
 )  # fmt: skip
@@ -65,11 +66,59 @@ def test_the_paper_recipe_is_the_papers_protocol():
     assert (s.label_smoothing, s.plateau_patience, s.stop_patience, s.max_multiple) == (0.1, 10, 25, 10)
 
 
+def test_the_released_recipe_is_what_the_authors_code_does():
+    """The released code's departures from the paper's text, each by name; everything else is the paper's."""
+    s, paper = resolve(recipe="released", backbone="tiny"), resolve(recipe="paper", backbone="tiny")
+    expected = dict(
+        class_encoder_rank=500, class_encoder_tokens=100, unconditional="zero", classifier_width=64,
+        classifier_shortcut="max_pool", image_size=None, antialias=False, search_plateau_patience=25,
+        search_stop_patience=50, n_trials=50, n_trials_retune=40, pruning=False, class_mix="balanced",
+        larger_sets="random", select_on="test",
+    )  # fmt: skip
+    assert {name: getattr(s, name) for name in expected} == expected
+    same = {f.name for f in dataclasses.fields(Settings)} - set(expected) - {"recipe"}
+    assert all(getattr(s, name) == getattr(paper, name) for name in same)
+    assert (paper.classifier_width, paper.image_size, paper.select_on) == (16, 32, "val")
+
+
+def test_every_fixed_setting_has_a_source():
+    """What a recipe for the paper or its code must name: all but the project's own choices."""
+    ours = {
+        "dataset", "recipe", "seed", "runs_dir", "given", "precision", "class_encoder_start", "lora_rank", "optimizer",
+        "gradient_checkpointing", "keep_unets", "sample_batch_size", "default_steps", "default_guidance",
+        "classifier_epoch_images", "classifier_seeds",
+    }  # fmt: skip
+    assert set(SOURCES) == {f.name for f in dataclasses.fields(Settings)} - ours
+    assert set(RECIPES["released"]) <= set(SOURCES)
+
+
+def test_a_run_says_what_it_follows_and_where_it_departs():
+    whole = len(SOURCES)
+    assert followed(resolve(recipe="paper", backbone="sd2")) == f"the paper in {whole} of {whole} settings"
+    exact = followed(resolve(recipe="released", backbone="sd1.4"))
+    assert exact == f"the released code in {whole} of {whole} settings"
+    told = followed(resolve(recipe="paper", backbone="tiny", n_trials=7))
+    assert told.startswith(f"the paper in {whole - 2} of {whole} settings; departs")
+    assert "backbone tiny (sd2)" in told and "n_trials 7 (50)" in told
+    rows = {row["setting"]: row for row in protocol(resolve(recipe="demo", backbone="tiny"))}
+    assert rows["n_trials_retune"]["released code"] == 40 and rows["n_trials"]["this run"] == 18
+    assert rows["classifier_width"]["source"].startswith("section 4")
+
+
+@pytest.mark.parametrize(
+    "given", [{"unconditional": "empty_prompt"}, {"class_encoder_start": "empty_prompt"},
+              {"recipe": "demo", "class_encoder_tokens": 100}, {"recipe": "demo", "class_encoder_rank": 5}],
+)  # fmt: skip
+def test_the_empty_prompt_fits_one_class_encoder_only(given):
+    with pytest.raises(ValueError, match="fits the paper's Class-Encoder alone"):
+        resolve(**{"recipe": "released", "backbone": "tiny", **given})
+
+
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_recipes_change_the_defaults_and_what_is_given_changes_the_recipe(recipe):
     plain = resolve(recipe=recipe, backbone="tiny")
     for name, value in RECIPES[recipe].items():
-        assert getattr(plain, name) == value
+        assert getattr(plain, name) == (value if name != "backbone" else "tiny")
     untouched = {f.name for f in dataclasses.fields(Settings)} - set(RECIPES[recipe]) - {"recipe", "given"}
     assert all(getattr(plain, name) == getattr(Settings(), name) for name in untouched)
     changed = resolve(recipe=recipe, backbone="tiny", n_trials=7, seed=3)
@@ -78,7 +127,8 @@ def test_recipes_change_the_defaults_and_what_is_given_changes_the_recipe(recipe
 
 def test_every_recipe_holds_values_that_could_be_given():
     for values in RECIPES.values():
-        assert resolve(recipe="paper", backbone="tiny", **values).given == tuple(sorted(values))
+        given = {name: value for name, value in values.items() if value is not None}
+        assert set(resolve(**{"recipe": "paper", "backbone": "tiny", **given}).given) == set(given) - {"backbone"}
 
 
 def test_none_means_the_recipes_value_and_is_not_given():
@@ -97,6 +147,7 @@ def test_auto_follows_the_machine(monkeypatch):
         assert (found.recipe, found.backbone) == expected
         assert resolve(recipe=None, backbone=None) == found
         assert resolve(recipe="paper", backbone="auto").backbone == expected[1]
+        assert resolve(recipe="released", backbone="auto").backbone == ("sd1.4" if gpu else "tiny")
 
 
 def test_settings_are_frozen_and_turn_into_plain_values():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -27,9 +28,13 @@ def encoder():
     return ClassEncoder(2, 8, 64)
 
 
+def named(module):
+    return dict(module.named_parameters())
+
+
 def fit_tiny(tiny_copy, encoder, folder, what, **changes):
     data, held_out = latents_for((4, 8, 8)), latents_for((4, 8, 8), count=6, seed=1)
-    trainable = {"class encoder": encoder, "unet": tiny_copy.unet}[what]
+    trainable = named({"class encoder": encoder, "unet": tiny_copy.unet}[what])
     return train.fit(trainable, tiny_copy, encoder, data, held_out, folder, **{**OPTIONS, **changes})
 
 
@@ -113,7 +118,7 @@ def test_held_out_losses_repeat_themselves(tiny, encoder):
 
 def test_the_class_encoder_learns_each_classs_context(flat_model, tmp_path):
     encoder = flat_encoder()
-    history = train.fit(encoder, flat_model, encoder, flat_latents(30), flat_latents(9), tmp_path,
+    history = train.fit(named(encoder), flat_model, encoder, flat_latents(30), flat_latents(9), tmp_path,
                         **{**OPTIONS, "epochs": 60, "learning_rate": 0.1})  # fmt: skip
     torch.testing.assert_close(encoder.contexts()[:, 0], VALUES, atol=0.02, rtol=0)
     assert history.train.iloc[0] > 0.3 and history.train.iloc[-1] < 1e-3
@@ -124,7 +129,7 @@ def test_the_class_encoder_learns_each_classs_context(flat_model, tmp_path):
 def fit_flat(flat_model, folder, **changes):
     encoder = flat_encoder()
     options = {**OPTIONS, **changes}
-    history = train.fit(encoder, flat_model, encoder, flat_latents(30), flat_latents(9), folder, **options)
+    history = train.fit(named(encoder), flat_model, encoder, flat_latents(30), flat_latents(9), folder, **options)
     return encoder, history
 
 
@@ -160,7 +165,7 @@ def test_every_epoch_sees_every_image_once(flat_model, tmp_path):
 
     flat_model.predict_noise = predict_noise
     encoder = flat_encoder(VALUES)
-    train.fit(encoder, flat_model, encoder, flat_latents(30), flat_latents(9), tmp_path,
+    train.fit(named(encoder), flat_model, encoder, flat_latents(30), flat_latents(9), tmp_path,
               **{**OPTIONS, "epochs": 1, "learning_rate": 0.0})  # fmt: skip
     assert [len(part) for part in seen] == [8, 8, 8, 6]
     counts = [int((torch.cat(seen)[:, 0] == value).all(1).sum()) for value in VALUES]
@@ -236,3 +241,140 @@ def test_a_loss_that_is_not_finite_stops_the_training(flat_model, tmp_path):
     with pytest.raises(FloatingPointError, match=r"epoch 2, is nan: lower the learning rate.*0\.001"):
         fit_flat(flat_model, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("epoch_*")) == ["epoch_001.safetensors"]
+
+
+# --- memory and number formats ---
+
+
+class Card:
+    """Stands for an accelerator on which ``most`` images fit at once, with gradient checkpointing ``relieved``."""
+
+    def __init__(self, model, most, relieved=None):
+        self.known, self.most, self.relieved, self.sizes = model.predict_noise, most, relieved or most, []
+        model.unet = self  # what `fit` asks of a UNet
+        self.is_gradient_checkpointing = False
+
+    def enable_gradient_checkpointing(self):
+        self.is_gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self):
+        self.is_gradient_checkpointing = False
+
+    def __call__(self, latents, t, context):
+        if torch.is_grad_enabled():
+            if len(latents) > (self.relieved if self.is_gradient_checkpointing else self.most):
+                raise torch.OutOfMemoryError("tried to allocate too much\nand more lines")
+            self.sizes.append(len(latents))
+        return self.known(latents, t, context)
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """The gradients of every step, as the optimiser gets them: AdamW itself would enlarge their rounding."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def recorded(self, *args, **options):
+        seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    return seen
+
+
+def test_a_small_card_gets_parts_of_a_batch_and_the_same_gradients(flat_model, tmp_path, capsys, gradients):
+    still = dict(epochs=1, learning_rate=0.0)
+    _, history = fit_flat(flat_model, tmp_path / "large", **still)
+    flat_model.predict_noise = card = Card(flat_model, most=3)
+    _, small_history = fit_flat(flat_model, tmp_path / "small", **still)
+    assert max(card.sizes) == 2  # 8, then 4, then 2
+    assert len(gradients) == 8
+    torch.testing.assert_close(gradients[4:], gradients[:4])
+    torch.testing.assert_close(torch.tensor(small_history.to_numpy()), torch.tensor(history.to_numpy()))
+    said = capsys.readouterr().out
+    assert "gradient checkpointing" in said and "4 images at once, not 8" in said and "2 images at once, not 4" in said
+    assert runs.load_json(tmp_path / "small" / "micro_batch.json") == {"size": 2, "gradient_checkpointing": True}
+    assert not card.is_gradient_checkpointing  # sampling needs none
+
+
+def test_what_was_found_is_remembered(flat_model, tmp_path):
+    flat_model.predict_noise = Card(flat_model, most=3)
+    fit_flat(flat_model, tmp_path, epochs=1)
+    (tmp_path / "state.safetensors").unlink()
+    flat_model.predict_noise = card = Card(flat_model, most=1)
+    card.known, card.most, card.relieved = card.known.known, 0, 2  # fits only what was found, with checkpointing
+    fit_flat(flat_model, tmp_path, epochs=1)
+    assert set(card.sizes) == {2}
+
+
+def test_gradient_checkpointing_comes_first_and_may_suffice(flat_model, tmp_path):
+    flat_model.predict_noise = card = Card(flat_model, most=3, relieved=8)
+    fit_flat(flat_model, tmp_path)
+    assert max(card.sizes) == 8
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_copy, encoder, tmp_path):
+    other = copy.copy(tiny_copy)
+    other.unet = copy.deepcopy(tiny_copy.unet)
+    one = fit_tiny(tiny_copy, encoder, tmp_path / "plain", "unet", epochs=1)
+    two = fit_tiny(other, encoder, tmp_path / "checkpointed", "unet", epochs=1, gradient_checkpointing=True)
+    torch.testing.assert_close(torch.tensor(one.to_numpy()), torch.tensor(two.to_numpy()), atol=1e-5, rtol=1e-4)
+    assert not other.unet.is_gradient_checkpointing
+
+
+def test_a_card_too_small_for_one_image(flat_model, tmp_path):
+    flat_model.predict_noise = Card(flat_model, most=0)
+    with pytest.raises(MemoryError, match="Not even one image.*finetune_method='lora'.*tried to allocate too much$"):
+        fit_flat(flat_model, tmp_path)
+
+
+def test_float16_scales_the_loss_and_not_the_gradients(flat_model, tmp_path, monkeypatch, gradients):
+    still = dict(epochs=1, learning_rate=0.0)
+    fit_flat(flat_model, tmp_path / "fp32", **still)
+    flat_model.dtype = torch.float16
+    scaled, backward = [], torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: scaled.append(float(loss.detach())) or backward(loss))
+    _, history = fit_flat(flat_model, tmp_path / "fp16", **still)
+    assert min(scaled) > 1000 * history.train.max()
+    torch.testing.assert_close(gradients[4:], gradients[:4])
+    state = runs.load_tensors(tmp_path / "fp16" / "state.safetensors")
+    assert float(state["loss_scale"]) >= 1024
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])
+def test_an_optimiser_goes_on_from_its_saved_state(name):
+    if name == "adamw-8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional requirement, is not installed")
+    torch.manual_seed(0)
+    start, target = torch.randn(64, 128), torch.randn(64, 128)
+
+    def steps(parameter, adam, count):
+        for _ in range(count):
+            adam.zero_grad()
+            (parameter - target).square().sum().backward()
+            adam.step()
+
+    def new(value):
+        parameter = torch.nn.Parameter(value.clone())
+        return parameter, train.optimizer_for([parameter], name, learning_rate=0.05, weight_decay=0.0)
+
+    unbroken, adam = new(start)
+    steps(unbroken, adam, 6)
+    first, adam = new(start)
+    steps(first, adam, 3)
+    second, again = new(first.detach())
+    train._load_optimizer(again, train._optimizer_tensors(adam))
+    steps(second, again, 3)
+    assert torch.equal(second, unbroken) and not torch.equal(first, unbroken)
+    if name == "adamw-8bit":
+        assert {value.dtype for value in adam.state[first].values() if torch.is_tensor(value)} >= {torch.uint8}
+
+
+def test_automatic_choice_of_the_optimiser():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    assert type(train.optimizer_for([parameter], "auto", learning_rate=1.0, weight_decay=0.0)) is torch.optim.AdamW
+
+
+def test_a_missing_8_bit_optimiser_gives_the_ways_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes.*finetune_method='lora'.*optimizer='adamw'"):
+        train.optimizer_for([torch.nn.Parameter(torch.zeros(4))], "adamw-8bit", learning_rate=1.0, weight_decay=0.0)

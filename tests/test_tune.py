@@ -123,6 +123,13 @@ def test_the_search_finds_the_best_guidance_prunes_and_takes_notes(tmp_path, for
         assert {"generation_seconds", "seconds", "classifier_epochs"} <= set(trial.user_attrs)
 
 
+def test_without_pruning_every_trial_runs_to_its_end(tmp_path, formula, digits):
+    study = tune.open_study(tmp_path / "journal.log", "step 2")
+    search(study, formula[0], digits, n_trials=12, pruning=False)
+    frame = tune.trials_frame(study)
+    assert not frame.pruned.any() and frame.classifier_epochs.eq(9).all()
+
+
 def test_selecting_on_the_test_set(tmp_path, formula, digits):
     study = tune.open_study(tmp_path / "journal.log", "step 2")
     search(study, formula[0], digits, n_trials=5, select_on="test")
