@@ -141,3 +141,4 @@ class Peak:
         else:
             self._stop.set()
             self._thread.join()
+            self.gigabytes = max(self.gigabytes, self._resident())

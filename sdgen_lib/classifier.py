@@ -91,17 +91,17 @@ def accuracy(model: ResNet20, split: Split) -> float:
 
 def train_classifier(
     images: torch.Tensor, labels: torch.Tensor, val: Split, num_classes: int, *, width: int = 16,
-    shortcut: str = "subsample", epochs: int = 100,
-    batch_size: int = 256, epoch_images: int = 1, learning_rate: float = 1e-3, label_smoothing: float = 0.1,
+    shortcut: str = "subsample", epochs: int = 100, batch_size: int = 256, epoch_images: int = 1,
+    epoch_limit: int | None = None, learning_rate: float = 1e-3, label_smoothing: float = 0.1,
     plateau_patience: int = 10, stop_patience: int = 25, seed: int = 0, device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    on_epoch: Callable[[int, ResNet20, float], None] | None = None,
+    dtype: torch.dtype = torch.float32, on_epoch: Callable[[int, ResNet20, float], None] | None = None,
 ) -> tuple[ResNet20, list[float]]:  # fmt: skip
     """Trains a ResNet20 from scratch by the paper's protocol (section 4), without augmentation.
 
     ``images`` uint8 (N, 3, H, W) and ``labels`` int64 (N,), real or generated; ``val`` real images, which set the
     learning rate's plateaus (factor 0.1) and the early stopping. An epoch sees every image, those of a set smaller than
-    ``epoch_images`` several times, so that small sets are not also trained for fewer steps. ``on_epoch(epoch, model,
+    ``epoch_images`` several times, so that small sets are not also trained for fewer steps; with an ``epoch_limit`` it
+    ends after so many, and the next epoch goes on from there, so that large sets cost no more. ``on_epoch(epoch, model,
     val accuracy)`` may raise to stop (a search's pruner does). Returns the model with the weights of its best epoch,
     and the validation accuracy of every epoch.
     """
@@ -113,11 +113,14 @@ def train_classifier(
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=plateau_patience)
     images = images.to(device).contiguous(memory_format=torch.channels_last)  # rows keep it: convolutions are faster so
     labels = labels.to(device)
-    passes = max(1, math.ceil(epoch_images / len(images)))
+    epoch_size = len(images) * max(1, math.ceil(epoch_images / len(images)))
+    epoch_size, queue = min(epoch_size, epoch_limit or epoch_size), torch.empty(0, dtype=torch.int64)
     best, best_epoch, history = copy.deepcopy(model.state_dict()), 0, []
     for epoch in range(1, epochs + 1):
         model.train()
-        shuffled = torch.cat([torch.randperm(len(images), generator=order) for _ in range(passes)])
+        while len(queue) < epoch_size:
+            queue = torch.cat([queue, torch.randperm(len(images), generator=order)])
+        shuffled, queue = queue[:epoch_size], queue[epoch_size:]
         for rows in shuffled.split(batch_size):
             loss = F.cross_entropy(model(images[rows]), labels[rows], label_smoothing=label_smoothing)
             optimizer.zero_grad(set_to_none=True)

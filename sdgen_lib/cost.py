@@ -98,17 +98,21 @@ def count(settings: Settings, step: str, num_train: int, num_val: int, space: Sp
         images["pass"] = epochs * 3 * FIXED_NOISES * num_val  # held out: the right label, a wrong one and none
         images["encode"] = num_train + num_val if step == "1_transfer" else 0
         return images
+
+    def epoch(n: int) -> int:  # images that a classifier sees in one
+        n = max(n, s.classifier_epoch_images)
+        return min(n, s.classifier_epoch_limit or n)
+
     steps = sum(space.IS if space else (s.steps_min, s.steps_max)) / 2
     if step in ("2_tune", "4_retune"):
         trials = s.n_trials_retune if step == "4_retune" and s.n_trials_retune else s.n_trials
         generated = trials * s.num_images
         share = PRUNED_SHARE if s.pruning else 1.0
-        images["classifier"] = trials * share * s.classifier_epochs * max(s.num_images, s.classifier_epoch_images)
+        images["classifier"] = trials * share * s.classifier_epochs * epoch(s.num_images)
     else:
         sizes = [num_train, *(k * num_train for k in range(1, s.max_multiple + 1))]  # real, x1 .. xK
         generated = sizes[-1] + (num_train if s.larger_sets == "random" else 0)
-        training = sum(max(n, s.classifier_epoch_images) for n in sizes)
-        images["classifier"] = s.classifier_seeds * s.classifier_epochs * training
+        images["classifier"] = s.classifier_seeds * s.classifier_epochs * sum(map(epoch, sizes))
     images["decode"], images["pass"] = generated, 2 * steps * generated
     return images
 

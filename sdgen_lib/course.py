@@ -31,6 +31,7 @@ def classifier_options(settings: Settings, in_search: bool = False) -> dict[str,
     return dict(
         width=settings.classifier_width, shortcut=settings.classifier_shortcut, epochs=settings.classifier_epochs,
         batch_size=settings.classifier_batch_size, epoch_images=settings.classifier_epoch_images,
+        epoch_limit=settings.classifier_epoch_limit,
         learning_rate=settings.classifier_learning_rate,
         label_smoothing=settings.label_smoothing,
         plateau_patience=in_search and settings.search_plateau_patience or settings.plateau_patience,

@@ -28,6 +28,7 @@ STEP_FIELDS = {
     "2_tune": ("unconditional", "sampler", "antialias", "num_images", "steps_min", "steps_max", "guidance_max",
                "select_on", "pruning", "search_plateau_patience", "search_stop_patience", "classifier_width",
                "classifier_shortcut", "classifier_epochs", "classifier_batch_size", "classifier_epoch_images",
+               "classifier_epoch_limit",
                "classifier_learning_rate", "label_smoothing", "plateau_patience", "stop_patience"),
     "3_finetune": ("finetune_method", "lora_rank", "optimizer", "finetune_epochs", "finetune_batch_size",
                    "finetune_learning_rate", "weight_decay", "clip_norm"),

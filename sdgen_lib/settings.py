@@ -84,6 +84,7 @@ class Settings:
     search_plateau_patience: int | None = None  # in the searches; None: the two above
     search_stop_patience: int | None = None
     classifier_epoch_images: int = 1  # an epoch of a smaller set passes over it as often as it takes to see so many
+    classifier_epoch_limit: int | None = None  # an epoch of a larger set ends after so many
     classifier_seeds: int = 1  # classifiers trained on each set of the tables
 
     # Step 5: synthetic sets of 1 to max_multiple times the real one.
@@ -119,8 +120,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         image_size=None, class_encoder_start="empty_prompt", transfer_epochs=12, transfer_batch_size=32,
         transfer_learning_rate=0.1, finetune_epochs=8, finetune_learning_rate=1e-4, weight_decay=0.0,
         n_trials=18, num_images=400, steps_max=12, classifier_epochs=24, classifier_batch_size=32,
-        classifier_learning_rate=3e-3, classifier_epoch_images=400, plateau_patience=4, stop_patience=8,
-        classifier_seeds=3, max_multiple=3,
+        classifier_learning_rate=3e-3, classifier_epoch_images=400, classifier_epoch_limit=1200,
+        plateau_patience=4, stop_patience=8, classifier_seeds=3, max_multiple=3,
     ),
 }  # fmt: skip
 

@@ -180,6 +180,25 @@ def test_on_epoch_can_stop(small):
     assert seen == [1, 2]
 
 
+def test_epochs_of_a_large_set_end_early_and_go_on(small, monkeypatch):
+    """25 images, 10 an epoch: after five epochs each was seen twice, never one a third time before all were."""
+    seen, forward = [], classifier.ResNet20.forward
+
+    def watched(self, images):
+        if self.training:
+            seen.append(images[:, 0, 0, 0].tolist())
+        return forward(self, images)
+
+    monkeypatch.setattr(classifier.ResNet20, "forward", watched)
+    images = torch.arange(25, dtype=torch.uint8).view(25, 1, 1, 1).expand(25, 3, 8, 8)
+    classifier.train_classifier(
+        images, torch.arange(25) % 10, small.val, 10, width=4, epochs=5, batch_size=10, epoch_limit=10
+    )
+    assert [len(batch) for batch in seen] == [10] * 5
+    stream = [value for batch in seen for value in batch]
+    assert sorted(stream[:25]) == sorted(stream[25:]) == list(range(25)) and stream[:25] != stream[25:]
+
+
 @pytest.mark.parametrize(("epoch_images", "passes"), [(1, 1), (10, 1), (11, 2), (25, 3), (30, 3)])
 def test_an_epoch_passes_over_a_small_set_several_times(small, monkeypatch, epoch_images, passes):
     """Ten images, each known by its own brightness."""

@@ -6,6 +6,7 @@ import pytest
 
 from sdgen_lib import cost, train
 from sdgen_lib.course import Course
+from sdgen_lib.settings import resolve
 from sdgen_lib.tune import Space
 
 
@@ -74,6 +75,13 @@ def test_the_synthetic_sets(finished, monkeypatch):
     # Two classifiers, three epochs, on the real 100 images and on 100 and 200 synthetic ones.
     assert found["classifier"] == 2 * 3 * (100 + 100 + 200)
     assert told(monkeypatch, finished.course, "5_datasets", classifier=1.0) == found["classifier"]
+
+
+def test_classifiers_of_large_sets_cost_no_more_than_the_limit():
+    s = resolve(recipe="demo", backbone="tiny", classifier_epoch_limit=1200, classifier_epoch_images=400)
+    found = [cost.count(s, "5_datasets", n, 100)["classifier"] for n in (300, 1000, 50_000)]
+    seen = [(400 + 400 + 600 + 900), (1000 + 1000 + 1200 + 1200), 4 * 1200]  # real, x1, x2, x3
+    assert found == [3 * 24 * n for n in seen]
 
 
 def test_a_larger_recipe_costs_more(finished, monkeypatch):

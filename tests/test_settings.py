@@ -86,7 +86,7 @@ def test_every_fixed_setting_has_a_source():
     ours = {
         "dataset", "recipe", "seed", "runs_dir", "given", "precision", "class_encoder_start", "lora_rank", "optimizer",
         "gradient_checkpointing", "keep_unets", "sample_batch_size", "default_steps", "default_guidance",
-        "classifier_epoch_images", "classifier_seeds",
+        "classifier_epoch_images", "classifier_epoch_limit", "classifier_seeds",
     }  # fmt: skip
     assert set(SOURCES) == {f.name for f in dataclasses.fields(Settings)} - ours
     assert set(RECIPES["released"]) <= set(SOURCES)
