@@ -231,7 +231,7 @@ def _to_split(images: np.ndarray, labels: np.ndarray) -> Split:
     """uint8 ``(N, H, W)`` or ``(N, H, W, 3)`` and integer ``(N,)`` or ``(N, 1)`` arrays -> `Split`."""
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=-1)
-    images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    images = np.require(images.transpose(0, 3, 1, 2), requirements=["C", "W"])  # W: torch shares its memory
     return Split(torch.from_numpy(images), torch.from_numpy(labels.reshape(-1).astype(np.int64)))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,18 @@ CHOICES = {
     "select_on": ("val", "test"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
 }
+# What a number may be where its type alone would allow nonsense: inclusive, and far beyond what any run needs.
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "image_size": (8, 1024),
+    "default_steps": (1, 1000), "steps_min": (1, 1000), "steps_max": (1, 1000),  # the schedule has 1000 timesteps
+    "default_guidance": (0.0, 1000.0), "guidance_max": (0.0, 1000.0),
+    "transfer_learning_rate": (1e-12, 100.0), "finetune_learning_rate": (1e-12, 100.0),
+    "classifier_learning_rate": (1e-12, 100.0),
+    "weight_decay": (0.0, 100.0), "clip_norm": (1e-12, 1e12), "label_smoothing": (0.0, 1.0),
+    "classifier_width": (1, 1024), "classifier_seeds": (1, 1000), "max_multiple": (1, 1000),
+}  # fmt: skip
+WHOLE, REAL = (1, 10**7), (0.0, 1e12)  # every other number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,40 +110,45 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def shown(value: object) -> str:
+    """``value`` as an error names it: its repr on one line, cut where it would hide the message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print a whole number of thousands of digits
+        text = f"a {type(value).__name__} of {value.bit_length()} bits"
+    text = " ".join(text.split())
+    return text if len(text) <= 120 else text[:120] + "..."
+
+
 def unknown_name(what: str, name: object, allowed) -> ValueError:
     """The error for a misspelt name: says what was wrong, the nearest right name, and all of them.
 
     Example: ``raise unknown_name("recipe", "dmeo", RECIPES)``.
     """
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(shown(name).strip("'"), allowed, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"Unknown {what} {name!r}.{hint} Allowed: {', '.join(allowed)}.")
+    return ValueError(f"Unknown {what} {shown(name)}.{hint} Allowed: {', '.join(allowed)}.")
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:
     """One parameter's value, of the type of its default; raises ValueError that names what is allowed."""
     if name in CHOICES:
-        if value not in CHOICES[name]:
+        if not isinstance(value, str) or value not in CHOICES[name]:
             raise unknown_name(f"value for {name}", value, CHOICES[name])
         return value
-    if name in ("dataset", "backbone"):
-        if not isinstance(value, (str, Path)) or not str(value).strip():
-            raise ValueError(f"{name} must be a name or a path, not {value!r}.")
-        return str(value)
-    if name == "runs_dir":
-        if not isinstance(value, (str, Path)) or not str(value).strip():
-            raise ValueError(f"runs_dir must be a folder or None, not {value!r}.")
-        return str(value)
-    if isinstance(default, float):
-        low = 0.0
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
-            raise ValueError(f"{name} must be a number of at least {low:g}, not {value!r}.")
-        return float(value)
-    low, high = (0, 2**32 - 1) if name == "seed" else (1, 10**9)  # what is left is integer
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}.")
-    return value
+    if name in ("dataset", "backbone", "runs_dir"):
+        what = "a folder or None" if name == "runs_dir" else "a name or a path"
+        text = str(value) if isinstance(value, (str, Path)) else ""
+        if not text.strip() or len(text) > 4096 or not text.isprintable():
+            raise ValueError(f"{name} must be {what}, of printable characters, not {shown(value)}.")
+        return text
+    real = isinstance(default, float)
+    low, high = RANGES.get(name, REAL if real else WHOLE)
+    number = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # NaN too
+        raise ValueError(f"{name} must be a {'' if real else 'whole '}number from {low} to {high}, not {shown(value)}.")
+    return float(value) if real else value
 
 
 def resolve(recipe: str = "auto", backbone: str = "auto", **given: Any) -> Settings:
@@ -144,9 +160,11 @@ def resolve(recipe: str = "auto", backbone: str = "auto", **given: Any) -> Setti
     import torch  # here, so that checking a parameter costs no second
 
     gpu = torch.cuda.is_available()
-    recipe = ("workshop" if gpu else "demo") if recipe in ("auto", None) else recipe
-    backbone = ("sd2" if gpu else "tiny") if backbone in ("auto", None) else backbone
-    if recipe not in RECIPES:
+    if recipe is None or (isinstance(recipe, str) and recipe == "auto"):
+        recipe = "workshop" if gpu else "demo"
+    if backbone is None or (isinstance(backbone, str) and backbone == "auto"):
+        backbone = "sd2" if gpu else "tiny"
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise unknown_name("recipe", recipe, ["auto", *RECIPES])
     fields = {f.name: f.default for f in dataclasses.fields(Settings) if f.name != "given"}
     for name in given:
