@@ -81,9 +81,11 @@ class Course:
     def latents(self) -> dict[str, train.Latents]:
         """The train and val splits after the VAE, encoded once and kept in the run folder."""
         path = self.run.path / "latents.safetensors"
-        if not path.exists():
-            print("Encoding the real images once with the VAE ...")
-            runs.save_tensors(path, {s: self.backbone.encode(getattr(self.data, s).images) for s in ("train", "val")})
+        with self.run.lock(path.name):
+            if not runs.is_whole(path):
+                print("Encoding the real images once with the VAE ...")
+                splits = ("train", "val")
+                runs.save_tensors(path, {s: self.backbone.encode(getattr(self.data, s).images) for s in splits})
         tensors = runs.load_tensors(path)
         device = self.backbone.device
         return {s: train.Latents(tensors[s].to(device), getattr(self.data, s).labels.to(device)) for s in tensors}
@@ -101,6 +103,10 @@ class Course:
 
         ``None`` is the pretrained UNet. Returns the Class-Encoder, frozen.
         """
+        for step, redo, epoch in (("1_transfer", self.transfer, transfer_epoch),
+                                  ("3_finetune", self.finetune, finetune_epoch)):  # fmt: skip
+            if epoch and not runs.is_whole(train.checkpoint_path(self.run.folder(step), epoch)):
+                redo()
         encoder = self.new_class_encoder()
         encoder.load_state_dict(runs.load_tensors(train.checkpoint_path(self.run.folder("1_transfer"), transfer_epoch)))
         pretrained = self._pretrained
@@ -131,13 +137,13 @@ class Course:
 
     # --- the steps ---
 
+    @runs.one_at_a_time()
     def _fit(
         self, step: str, title: str, parts: Callable[[], tuple[torch.nn.Module, ClassEncoder]], **facts: Any
     ) -> pd.DataFrame:
         """A training step, unless it is done; ``parts()`` -> (what trains, the Class-Encoder)."""
         folder, prefix = self.run.folder(step), step[2:]
-        if self.run.is_done(step):
-            history = runs.load_json(folder / "history.json")
+        if self.run.is_done(step) and (history := runs.load_json(folder / "history.json")):
             return pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
         s = self.settings
         print(f"Step {step[0]}: {title} ({cost.text(self, step)}).")
@@ -155,7 +161,7 @@ class Course:
             seed=s.seed, unconditional=s.unconditional, title=title,
         )  # fmt: skip
         self.run.record(step, time.perf_counter() - start, **facts)
-        (folder / "state.safetensors").unlink(missing_ok=True)  # was needed only to go on
+        runs.discard(folder / "state.safetensors")  # was needed only to go on
         return history
 
     def transfer(self) -> pd.DataFrame:
@@ -260,6 +266,7 @@ class Course:
         asked = (point, num_images, self.settings.classifier_seeds)
         return bool(found) and asked == (found["point"], found["num_images"], len(found["test"]))
 
+    @runs.one_at_a_time("table_1.json")
     def cas(self, row: str) -> dict[str, Any]:
         """A row of table 1: where it samples, its CAS with each classifier seed, and the seconds it took to generate.
 
@@ -278,6 +285,7 @@ class Course:
             runs.save_json(path, rows)
         return rows[row]
 
+    @runs.one_at_a_time("5_datasets")
     def synthetic(self, multiple: int) -> data.Split:
         """Step 5: the first ``multiple`` blocks of the one synthetic set, each with the real class counts.
 
@@ -289,7 +297,7 @@ class Course:
         for block in range(1, multiple + 1):
             path = folder / f"block_{block:02d}.npz"
             note = folder / f"block_{block:02d}.json"
-            if not path.exists() or runs.load_json(note) != point:
+            if not runs.is_whole(path) or runs.load_json(note) != point:
                 new = self.draw(point, labels, "synthetic", (block - 1) * len(labels), f"block {block} of {multiple}")
                 with runs.whole_file(path) as temporary, open(temporary, "wb") as file:
                     np.savez(file, images=new.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
@@ -298,6 +306,7 @@ class Course:
                 images.append(torch.from_numpy(file["images"]).permute(0, 3, 1, 2))
         return data.Split(torch.cat(images), labels.repeat(multiple))
 
+    @runs.one_at_a_time("table_2.json")
     def scaling(self) -> dict[str, dict[str, list[float]]]:
         """The row of table 2: accuracies with real images and with x1 .. xK, each seed; kept in ``table_2.json``."""
         path, point = self.run.path / "table_2.json", self.point("after 4")
