@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from . import data_files
-from .settings import unknown_name
+from .settings import shown, unknown_name
 
 TEST_FRACTION, VAL_FRACTION, CIFAR_VAL_FRACTION = 0.25, 0.15, 0.2
 DIGITS_SIZE, FOLDER_SIZE = 16, 32
@@ -179,7 +179,10 @@ def _split_count(text: str, base_dir) -> tuple[str, int | None]:
 
 
 def _places(name: str, base_dir) -> list[Path]:
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"dataset {shown(name)} has no home folder: give another path.") from error
     return [path.absolute()] + ([(Path(base_dir) / path).absolute()] if base_dir is not None else [])
 
 
@@ -198,7 +201,7 @@ def _find(name: str, base_dir) -> Path:
             raise ValueError(f"{place} is neither a folder nor a .npz file; a dataset must be one of the two.")
     if name.startswith((".", "~")) or name.endswith(".npz") or "/" in name or os.sep in name:
         tried = " or ".join(map(str, places))
-        raise FileNotFoundError(f"No file or folder at {tried}; correct the path {name!r}.")
+        raise FileNotFoundError(f"No file or folder at {tried}; correct the path {shown(name)}.")
     raise unknown_name("dataset", name, names())
 
 

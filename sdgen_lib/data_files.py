@@ -27,7 +27,6 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
 MAX_PIXELS, MAX_IMAGE_BYTES = 64_000_000, 256_000_000
 MAX_CLASS_NAME = 200
-_QUOTES = "'\""
 
 # {"train": (images, labels), ...}: uint8 (N, H, H) or (N, H, H, 3); whole numbers (N,) or (N, 1), 0..C-1.
 Parts = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -86,8 +85,7 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
                     arrays[key] = _read_array(file, member.file_size)
     except Exception as error:  # a damaged archive makes its parsers raise nearly anything
         raise ValueError(
-            f"{path}: {key} cannot be read ({shown(str(error)).strip(_QUOTES)}); write it with numpy.savez, as plain "
-            "numbers."
+            f"{path}: {key} cannot be read ({_reason(error)}); write it with numpy.savez, as plain numbers."
         ) from error
     return arrays
 
@@ -169,7 +167,10 @@ def read_folder(path: Path, size: int) -> tuple[str, tuple[str, ...], Parts]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    try:
+        return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read ({error.strerror}); allow reading it, or leave it out.") from error
 
 
 def _read_classes(
@@ -204,8 +205,7 @@ def _read_image(file: Path, size: int, root: Path, digest) -> np.ndarray:
         content = file.read_bytes()
         picture = _whole_picture(content)
     except Exception as error:  # a damaged picture makes its decoder raise nearly anything
-        reason = shown(str(error)).strip(_QUOTES)
-        raise ValueError(f"{file} is not an image that can be read ({reason}); mend or remove it.") from error
+        raise ValueError(f"{file} is not an image that can be read ({_reason(error)}); mend or remove it.") from error
     relative = os.fsencode(file.relative_to(root).as_posix())
     digest.update(b"%s\0%d\0" % (relative, len(content)) + content)
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))
@@ -232,6 +232,11 @@ def _whole_picture(content: bytes) -> Image.Image:
 
 
 # --- both --------------------------------------------------------------------------------------------
+
+
+def _reason(error: Exception) -> str:
+    """What a reader said, on one line."""
+    return shown(str(error), 300)[1:-1] or type(error).__name__
 
 
 def _check_class_names(class_names: tuple[str, ...], path: Path) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import errors
+
 SHARED = ("dataset", "backbone", "recipe", "seed", "runs_dir")  # the parameters every notebook declares
 CHOICES = {
     "unconditional": ("zero", "empty_prompt", "class_mean"),
@@ -110,14 +112,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def shown(value: object) -> str:
+def shown(value: object, length: int = 120) -> str:
     """``value`` as an error names it: its repr on one line, cut where it would hide the message."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print a whole number of thousands of digits
         text = f"a {type(value).__name__} of {value.bit_length()} bits"
     text = " ".join(text.split())
-    return text if len(text) <= 120 else text[:120] + "..."
+    return text if len(text) <= length else text[:length] + "..."
 
 
 def unknown_name(what: str, name: object, allowed) -> ValueError:
@@ -140,7 +142,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     if name in ("dataset", "backbone", "runs_dir"):
         what = "a folder or None" if name == "runs_dir" else "a name or a path"
         text = str(value) if isinstance(value, (str, Path)) else ""
-        if not text.strip() or len(text) > 4096 or not text.isprintable():
+        if not text.strip() or len(text) > 1000 or not text.isprintable():
             raise ValueError(f"{name} must be {what}, of printable characters, not {shown(value)}.")
         return text
     real = isinstance(default, float)
@@ -188,6 +190,7 @@ def from_notebook(namespace: Mapping[str, Any]) -> Settings:
     assigned in it and in papermill's "# Parameters" cell must be a setting. papermill itself only warns about a
     misspelt ``-p`` name and then runs the default; here it is a ValueError with the nearest right name.
     """
+    errors.one_line_first()
     assigned: list[str] = []
     for source in namespace.get("In", []):
         try:
