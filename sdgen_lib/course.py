@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import os
 import shutil
 import time
@@ -137,6 +139,14 @@ class Course:
 
     # --- the steps ---
 
+    def _begin_anew_unless(self, step: str, asked: dict[str, Any]) -> None:
+        """Deletes what an earlier attempt at ``step`` with other settings than ``asked`` has left."""
+        path = self.run.folder(step) / "settings.json"
+        if runs.load_json(path) != json.loads(json.dumps(asked)):
+            if not self.run.is_done(step):
+                shutil.rmtree(path.parent)
+            runs.save_json(path, asked)
+
     @runs.one_at_a_time()
     def _fit(
         self, step: str, title: str, parts: Callable[[], tuple[torch.nn.Module, ClassEncoder]], **facts: Any
@@ -147,10 +157,7 @@ class Course:
             return pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
         s = self.settings
         print(f"Step {step[0]}: {title} ({cost.text(self, step)}).")
-        asked = {name: getattr(s, name) for name in runs.STEP_FIELDS[step]}
-        if runs.load_json(folder / "settings.json") != asked:  # what an earlier attempt left is of other settings
-            shutil.rmtree(folder)
-            runs.save_json(folder / "settings.json", asked)
+        self._begin_anew_unless(step, {name: getattr(s, name) for name in runs.STEP_FIELDS[step]})
         start = time.perf_counter()
         trainable, encoder = parts()
         self._loaded = None  # what is about to train is no checkpoint
@@ -169,12 +176,19 @@ class Course:
         return self._fit("1_transfer", "Class-Encoder", lambda: (encoder := self.new_class_encoder(), encoder))
 
     def _search(self, step: str, space: tune.Space, point_of: Callable[[dict], dict], on_trial) -> optuna.Study:
-        s, folder = self.settings, self.run.folder(step)
-        done = self.run.is_done(step)
-        study = tune.open_study(folder / "journal.log", f"step {step[0]}")
-        finished = len(study.get_trials(deepcopy=False, states=tune.FINISHED))
-        if done and (finished >= s.n_trials or "n_trials" not in s.given):
-            return study
+        """A search, alone or, with ``storage`` given, together with every process that was given the same one."""
+        if self.settings.storage is None:
+            with self.run.lock(step):
+                return self._search_now(step, space, point_of, on_trial)
+        return self._search_now(step, space, point_of, on_trial)
+
+    def _search_now(self, step: str, space: tune.Space, point_of: Callable[[dict], dict], on_trial) -> optuna.Study:
+        s, journal, name = self.settings, self.run.folder(step) / "journal.log", f"step {step[0]}"
+        if runs.is_whole(journal) and self.run.is_done(step):
+            study = tune.open_study(journal, name)
+            finished = len(study.get_trials(deepcopy=False, states=tune.FINISHED))
+            if finished >= s.n_trials or "n_trials" not in s.given:
+                return study
         print(f"Step {step[0]}: the search, {s.n_trials} trials ({cost.text(self, step, space)}).")
         start = time.perf_counter()
         labels = balanced_labels(s.num_images, self.data.num_classes)
@@ -183,10 +197,24 @@ class Course:
             # The same noise in every trial: trials differ by their parameters alone.
             return self.draw(point_of({"IS": steps, "UGS": guidance, "epoch": epoch}), labels, "trial")
 
-        tune.search(
-            study, space, images_of, labels, self.data, n_trials=s.n_trials, select_on=s.select_on, seed=s.seed,
-            classifier_options=classifier_options(s), on_trial=on_trial,
-        )  # fmt: skip
+        def search(study: optuna.Study, workers: tune.Workers | None = None) -> optuna.Study:
+            return tune.search(
+                study, space, images_of, labels, self.data, n_trials=s.n_trials, select_on=s.select_on, seed=s.seed,
+                classifier_options=classifier_options(s), on_trial=on_trial, workers=workers,
+            )  # fmt: skip
+
+        if s.storage is None:
+            runs.forget_checksum(journal)
+            study = search(tune.resume_study(journal, name))
+        else:
+            where = s.storage if "://" in s.storage else Path(s.storage).expanduser()
+            with tune.Workers(where) as workers:  # one storage may hold many runs
+                shared = search(
+                    tune.open_study(where, f"{self.run.path.parent.name}/{self.run.path.name} {name}"), workers
+                )
+            with self.run.lock(step):
+                study = tune.keep(shared, journal, name)
+        runs.note_checksum(journal)
         self.run.record(step, time.perf_counter() - start, n_trials=s.n_trials, best=study.best_params)
         return study
 

@@ -15,11 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from . import files
-from .files import DamagedFile, discard, is_whole, load_json, load_tensors, save_json, save_tensors, whole_file
+from .files import (
+    DamagedFile,
+    discard,
+    forget_checksum,
+    is_whole,
+    load_json,
+    load_tensors,
+    note_checksum,
+    save_json,
+    save_tensors,
+    whole_file,
+)
 from .settings import Settings, shown
 
-__all__ = ["DamagedFile", "discard", "is_whole", "load_json", "load_tensors", "save_json", "save_tensors", "whole_file"]
-__all__ += ["Run", "STEP_FIELDS", "default_runs_dir", "one_at_a_time"]
+__all__ = ["DamagedFile", "discard", "forget_checksum", "is_whole", "load_json", "load_tensors", "note_checksum"]
+__all__ += ["save_json", "save_tensors", "whole_file", "Run", "STEP_FIELDS", "default_runs_dir", "one_at_a_time"]
 
 VERSIONS = ("torch", "diffusers", "transformers", "optuna", "numpy")
 

@@ -42,6 +42,7 @@ class Settings:
     recipe: str = "paper"
     seed: int = 0
     runs_dir: str | None = None  # None: `runs/` of the checkout, else of the working directory
+    storage: str | None = None  # of a search that several processes share: an Optuna URL or a journal file's path
     image_size: int | None = None  # pixels, the classifier's; None: the dataset's own
     precision: str = "auto"  # of matrix products; auto: bf16 where the processor computes in it (see devices)
 
@@ -86,7 +87,8 @@ class Settings:
     given: tuple[str, ...] = ()  # the names that were set by hand, over the recipe
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """For a run's manifest; without ``storage``, which may hold a password and changes no result."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "storage"}
 
 
 # What each recipe changes of the paper's protocol.
@@ -139,11 +141,12 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         if not isinstance(value, str) or value not in CHOICES[name]:
             raise unknown_name(f"value for {name}", value, CHOICES[name])
         return value
-    if name in ("dataset", "backbone", "runs_dir"):
-        what = "a folder or None" if name == "runs_dir" else "a name or a path"
+    texts = {"dataset": "a name or a path", "backbone": "a name or a path", "runs_dir": "a folder or None",
+             "storage": "an Optuna URL, a journal file's path or None"}  # fmt: skip
+    if name in texts:
         text = str(value) if isinstance(value, (str, Path)) else ""
         if not text.strip() or len(text) > 1000 or not text.isprintable():
-            raise ValueError(f"{name} must be {what}, of printable characters, not {shown(value)}.")
+            raise ValueError(f"{name} must be {texts[name]}, of printable characters, not {shown(value)}.")
         return text
     real = isinstance(default, float)
     low, high = RANGES.get(name, REAL if real else WHOLE)
@@ -177,7 +180,7 @@ def resolve(recipe: str = "auto", backbone: str = "auto", **given: Any) -> Setti
         if value is not None
     }  # fmt: skip
     values = {**RECIPES[recipe], **by_hand}
-    settings = Settings(recipe=recipe, given=tuple(sorted(set(by_hand) - set(SHARED))), **values)
+    settings = Settings(recipe=recipe, given=tuple(sorted(set(by_hand) - {*SHARED, "storage"})), **values)
     if settings.steps_min > settings.steps_max:
         raise ValueError(f"steps_min ({settings.steps_min}) must not exceed steps_max ({settings.steps_max}).")
     return settings

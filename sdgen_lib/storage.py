@@ -1,0 +1,249 @@
+"""Where a search's trials are kept: a journal file, or any storage of Optuna's that several machines reach.
+
+A search of one process keeps its trials in the run folder and goes on after a kill as if there had been none. With
+``storage`` given, any number of processes share one search: each takes the next trial, and what a dead one was working
+on is done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import filelock
+import optuna
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from . import files
+from .settings import shown
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # a worker not heard of for so long is dead
+MAX_RETRIES = 3
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal file under a lock of the operating system, which ends with its process.
+
+    A line that a killed process left half written would spoil the next one: it is cut off first.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._guard = path, filelock.FileLock(_lock_path(path))
+        super().__init__(str(path), lock_obj=self._guard)
+
+    def append_logs(self, logs) -> None:
+        with self._guard, open(self._path, "rb+") as file:
+            if size := file.seek(0, os.SEEK_END):
+                file.seek(size - 1)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            super().append_logs(logs)
+
+
+def _lock_path(journal: Path) -> Path:
+    return journal.with_name(f".{journal.name}.lock")
+
+
+def without_password(url: str) -> str:
+    """A storage URL as it may be shown."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _open(where: Path | str) -> optuna.storages.BaseStorage:
+    if isinstance(where, Path):
+        where.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(_Journal(where))
+    if where.startswith("grpc://"):
+        parts = urlsplit(where)
+        return optuna.storages.GrpcStorageProxy(host=parts.hostname or "localhost", port=parts.port or 13000)
+    return RDBStorage(
+        where, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS, heartbeat_stale_trial_callback=_retry
+    )
+
+
+def open_study(where: Path | str, name: str) -> optuna.Study:
+    """The study ``name``, made if missing, in the journal file ``where`` (a path) or an Optuna storage (a URL).
+
+    Any process may read it while it runs; reading writes nothing.
+    Raises ValueError, without the URL's password, if the storage cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the progress bar says it better
+    for attempt in range(5):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                storage = _open(where)
+            with contextlib.suppress(KeyError):
+                return optuna.load_study(study_name=name, storage=storage)
+            return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        except Exception as error:
+            if isinstance(where, Path):
+                raise
+            # Of several workers that make the tables of a new database at once, one is the first.
+            if attempt < 4 and type(error).__name__ in ("IntegrityError", "ProgrammingError"):
+                time.sleep(0.2 * 2**attempt)
+                continue
+            reason = shown(str(error).replace(where, without_password(where)))
+            raise ValueError(
+                f"storage {shown(without_password(where))} cannot be opened ({reason}): give an Optuna URL such as "
+                "sqlite:///search.db or postgresql://user@host/name, start its server, or install its driver."
+            ) from None
+    raise AssertionError("the last attempt returns or raises")
+
+
+# --- one process ---
+
+
+def _mend(journal: Path) -> None:
+    """Cuts a journal off where it stops being one; the trials from there on are done again."""
+    with filelock.FileLock(_lock_path(journal)):
+        whole, lines = 0, journal.read_bytes().splitlines(keepends=True)
+        for line in lines:
+            try:
+                if not line.endswith(b"\n") or not isinstance(json.loads(line), dict):
+                    break
+            except (ValueError, RecursionError):
+                break
+            whole += len(line)
+        if whole < sum(map(len, lines)):
+            if not (lines[-1].startswith(b"{") and whole == sum(map(len, lines[:-1]))):  # more than a half-written end
+                shutil.copyfile(journal, journal.with_name(journal.name + ".damaged"))
+                print(f"{journal.name} is damaged; a copy is beside it, and what follows the damage is done again.")
+            os.truncate(journal, whole)
+
+
+def _write(journal: Path, name: str, trials: list[FrozenTrial]) -> None:
+    """A journal of these trials alone, in the place of whatever is there."""
+    with filelock.FileLock(_lock_path(journal)), files.whole_file(journal) as temporary:
+        open_study(temporary, name).add_trials(trials)
+        _lock_path(temporary).unlink(missing_ok=True)
+    files.forget_checksum(journal)
+
+
+def resume_study(journal: Path, name: str) -> optuna.Study:
+    """As `open_study`, for the one process that goes on with a search: without what a killed one left half done.
+
+    Such a trial must leave no trace: its number would shift those of the later ones, by which Hyperband deals out its
+    brackets, and the rungs that it reached would count as a competitor's.
+    """
+    if journal.exists():
+        _mend(journal)
+    study = open_study(journal, name)
+    trials = study.get_trials(deepcopy=False)
+    finished = [t for t in trials if t.state in FINISHED]
+    if len(finished) < len(trials):
+        _write(journal, name, finished)
+        study = open_study(journal, name)
+    return study
+
+
+def keep(study: optuna.Study, journal: Path, name: str) -> optuna.Study:
+    """A copy of the finished trials in a run folder, which then needs no database to be read."""
+    finished = sorted(study.get_trials(deepcopy=False, states=FINISHED), key=lambda t: t.number)
+    if journal.exists():
+        kept = open_study(journal, name)
+        if len(kept.get_trials(deepcopy=False, states=FINISHED)) == len(finished):
+            return kept
+    _write(journal, name, finished)
+    return open_study(journal, name)
+
+
+# --- many processes ---
+
+
+def _place(storage: str) -> Path | str:
+    """A ``storage`` parameter: a URL as it is, anything else the path of a journal file."""
+    return storage if "://" in storage else Path(storage).expanduser()
+
+
+def share_study(storage: str, name: str, settings: dict[str, Any]) -> optuna.Study:
+    """As `open_study`, in a storage that several processes were given; it may hold the searches of many runs.
+
+    Raises ValueError if the study there was begun with other settings: their trials do not compare.
+    """
+    study, settings = open_study(_place(storage), name), json.loads(json.dumps(settings))
+    begun = study.user_attrs.get("settings")
+    if begun is None:
+        study.set_user_attr("settings", settings)
+    elif begun != settings:
+        changed = sorted(key for key in {**begun, **settings} if begun.get(key) != settings.get(key))
+        raise ValueError(
+            f"storage {shown(without_password(storage))} holds study {name!r} begun with other values of "
+            f"{', '.join(changed)}: give another storage, or the same settings."
+        )
+    return study
+
+
+class Workers:
+    """The processes that share a study: who is alive, and what the dead ones leave behind.
+
+    A database has Optuna's heartbeat for that. Beside a journal file each worker holds a lock file, which the operating
+    system frees when it dies; its trials carry the file's name. (gRPC clients have neither: there a dead worker's trial
+    stays open until the proxy's own database notices.)
+    """
+
+    def __init__(self, storage: str):
+        self.journal = place if isinstance(place := _place(storage), Path) else None
+        self.name = f".worker-{uuid.uuid4().hex}.lock"
+        self._lock = None
+        if self.journal:
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(self.journal.with_name(self.name))
+            self._lock.acquire()
+
+    def revive(self, study: optuna.Study) -> None:
+        """Fails the running trials of dead workers and enqueues their parameters again."""
+        if self.journal is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                optuna.storages.fail_stale_trials(study)
+            return
+        with filelock.FileLock(self.journal.with_name(".revive.lock")):
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if self._is_dead(trial):
+                    with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # it finished just now
+                        study.tell(trial.number, state=TrialState.FAIL)
+                        _retry(study, trial)
+
+    def _is_dead(self, trial: FrozenTrial) -> bool:
+        worker = trial.user_attrs.get("worker")
+        if worker is None:  # killed before it could sign, unless it is about to
+            return time.time() - trial.datetime_start.timestamp() > GRACE_SECONDS
+        if worker == self.name:
+            return False
+        path = self.journal.with_name(Path(worker).name)
+        try:
+            with filelock.FileLock(path, blocking=False):
+                path.unlink(missing_ok=True)
+                return True
+        except filelock.Timeout:
+            return False
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lock:
+            self.journal.with_name(self.name).unlink(missing_ok=True)
+            self._lock.release()
+
+
+def _retry(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Enqueues a dead worker's trial again. Its parameters alone: Optuna's own callback would carry over the rungs."""
+    retries = trial.user_attrs.get("retries", 0) + 1
+    if trial.params and retries <= MAX_RETRIES:
+        study.enqueue_trial(trial.params, user_attrs={"retries": retries, "retry_of": trial.number})
