@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import shutil
 import time
@@ -139,25 +138,22 @@ class Course:
 
     # --- the steps ---
 
-    def _begin_anew_unless(self, step: str, asked: dict[str, Any]) -> None:
-        """Deletes what an earlier attempt at ``step`` with other settings than ``asked`` has left."""
-        path = self.run.folder(step) / "settings.json"
-        if runs.load_json(path) != json.loads(json.dumps(asked)):
-            if not self.run.is_done(step):
-                shutil.rmtree(path.parent)
-            runs.save_json(path, asked)
-
     @runs.one_at_a_time()
     def _fit(
         self, step: str, title: str, parts: Callable[[], tuple[torch.nn.Module, ClassEncoder]], **facts: Any
     ) -> pd.DataFrame:
         """A training step, unless it is done; ``parts()`` -> (what trains, the Class-Encoder)."""
         folder, prefix = self.run.folder(step), step[2:]
+        state = folder / "state.safetensors"  # is only needed to go on
         if self.run.is_done(step) and (history := runs.load_json(folder / "history.json")):
+            runs.discard(state)
             return pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
         s = self.settings
         print(f"Step {step[0]}: {title} ({cost.text(self, step)}).")
-        self._begin_anew_unless(step, {name: getattr(s, name) for name in runs.STEP_FIELDS[step]})
+        asked = {**{name: getattr(s, name) for name in runs.STEP_FIELDS[step]}, **facts}
+        if runs.load_json(folder / "settings.json") != asked:  # what an earlier attempt left is of other settings
+            shutil.rmtree(folder)
+            runs.save_json(folder / "settings.json", asked)
         start = time.perf_counter()
         trainable, encoder = parts()
         self._loaded = None  # what is about to train is no checkpoint
@@ -168,7 +164,7 @@ class Course:
             seed=s.seed, unconditional=s.unconditional, title=title,
         )  # fmt: skip
         self.run.record(step, time.perf_counter() - start, **facts)
-        runs.discard(folder / "state.safetensors")  # was needed only to go on
+        runs.discard(state)
         return history
 
     def transfer(self) -> pd.DataFrame:
@@ -203,17 +199,16 @@ class Course:
                 classifier_options=classifier_options(s), on_trial=on_trial, workers=workers,
             )  # fmt: skip
 
+        asked = {**{field: getattr(s, field) for field in runs.STEP_FIELDS[step]}, "space": dataclasses.astuple(space)}
         if s.storage is None:
             runs.forget_checksum(journal)
-            study = search(tune.resume_study(journal, name))
+            study = search(tune.resume_study(journal, name, asked))
         else:
-            where = s.storage if "://" in s.storage else Path(s.storage).expanduser()
-            with tune.Workers(where) as workers:  # one storage may hold many runs
-                shared = search(
-                    tune.open_study(where, f"{self.run.path.parent.name}/{self.run.path.name} {name}"), workers
-                )
+            shared = tune.share_study(s.storage, f"{self.run.path.parent.name}/{self.run.path.name}: {name}", asked)
+            with tune.Workers(s.storage) as workers:
+                search(shared, workers)
             with self.run.lock(step):
-                study = tune.keep(shared, journal, name)
+                study = tune.keep(shared, journal)
         runs.note_checksum(journal)
         self.run.record(step, time.perf_counter() - start, n_trials=s.n_trials, best=study.best_params)
         return study

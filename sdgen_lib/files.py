@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ class DamagedFile(ValueError):
 
 
 # --- locks ---
+
+
+def lock_path(path: Path) -> Path:
+    """Where the lock of ``path`` lies: beside it, or of what is in a run folder, and of the folder, beside that."""
+    run_folder = path.parent if path.name == MANIFEST else manifest.parent if (manifest := _manifest_of(path)) else None
+    if run_folder is None:
+        return path.with_name(f".{path.name}.lock")
+    return run_folder.with_name(f".{run_folder.name}.{'.'.join(path.relative_to(run_folder).parts)}.lock")
 
 
 @contextlib.contextmanager
@@ -99,8 +108,11 @@ def _sync_folder(folder: Path) -> None:
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
     """Deletes the temporary files that killed writers of ``name`` (all, if empty) left; for who holds their lock."""
-    for path in folder.glob(f".{name}*"):
-        if path.suffix[1:].isdecimal() and path.is_file():
+    for path in folder.glob(".*"):
+        ours = path.name.startswith(f".{name}") and path.suffix[1:].isdecimal()
+        # safetensors writes beside what it was told to write, too
+        theirs = re.fullmatch(r"\.tmp\w{6}", path.name) and (not name or name.endswith(".safetensors"))
+        if (ours or theirs) and path.is_file():
             path.unlink(missing_ok=True)
 
 
@@ -129,7 +141,7 @@ def _manifest_of(path: Path) -> Path | None:
 @contextlib.contextmanager
 def changed_manifest(path: Path) -> Iterator[dict[str, Any]]:
     """The manifest ``path``, to be changed; written at the end. Two processes change it one after the other."""
-    with lock(path.with_name(".manifest.lock")):
+    with lock(lock_path(path)):
         manifest = load_manifest(path)
         before = json.dumps(manifest)
         yield manifest
@@ -177,9 +189,10 @@ def forget_checksum(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Deletes a file that is no longer needed, and its checksum."""
-    forget_checksum(path)
-    path.unlink(missing_ok=True)
+    """Deletes a file that is no longer needed, and its checksum; nothing if it is not there."""
+    if path.exists():
+        forget_checksum(path)
+        path.unlink(missing_ok=True)
 
 
 def move_aside(path: Path) -> Path:

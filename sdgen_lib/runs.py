@@ -112,19 +112,24 @@ class Run:
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Waits until no other process holds ``name`` of this run, then holds it; clears what a killed one left."""
-        with files.lock(self.path / f".{name}.lock", waiting_for=f"{name} in {self.path}"):
-            for folder, prefix in ((self.path, name), (self.path / name, "")):
-                with contextlib.suppress(OSError):  # read-only: nothing was written either
+        with files.lock(self.path.with_name(f".{self.path.name}.{name}.lock"), waiting_for=f"{name} in {self.path}"):
+            with contextlib.suppress(OSError):  # read-only: there is nothing to clear or to write
+                self._begin_manifest()
+                for folder, prefix in ((self.path, name), (self.path / name, "")):
                     files.remove_leftovers(folder, prefix)
             yield
 
     def folder(self, step: str) -> Path:
-        """The folder of a step, by its name ('1_transfer'); made if missing, and the manifest for its checksums."""
+        """The folder of a step, by its name ('1_transfer'); made if missing."""
         (self.path / step).mkdir(exist_ok=True)
+        self._begin_manifest()
+        return self.path / step
+
+    def _begin_manifest(self) -> None:
+        """An empty manifest, where there is none: files are only checked that were written beside one."""
         if not (self.path / files.MANIFEST).exists():
             with files.changed_manifest(self.path / files.MANIFEST):
                 pass
-        return self.path / step
 
     @property
     def manifest(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class _Journal(JournalFileBackend):
     """
 
     def __init__(self, path: Path):
-        self._path, self._guard = path, filelock.FileLock(_lock_path(path))
+        self._path, self._guard = path, filelock.FileLock(files.lock_path(path))
         super().__init__(str(path), lock_obj=self._guard)
 
     def append_logs(self, logs) -> None:
@@ -51,10 +51,6 @@ class _Journal(JournalFileBackend):
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
             super().append_logs(logs)
-
-
-def _lock_path(journal: Path) -> Path:
-    return journal.with_name(f".{journal.name}.lock")
 
 
 def without_password(url: str) -> str:
@@ -110,7 +106,7 @@ def open_study(where: Path | str, name: str) -> optuna.Study:
 
 def _mend(journal: Path) -> None:
     """Cuts a journal off where it stops being one; the trials from there on are done again."""
-    with filelock.FileLock(_lock_path(journal)):
+    with filelock.FileLock(files.lock_path(journal)):
         whole, lines = 0, journal.read_bytes().splitlines(keepends=True)
         for line in lines:
             try:
@@ -126,40 +122,63 @@ def _mend(journal: Path) -> None:
             os.truncate(journal, whole)
 
 
-def _write(journal: Path, name: str, trials: list[FrozenTrial]) -> None:
-    """A journal of these trials alone, in the place of whatever is there."""
-    with filelock.FileLock(_lock_path(journal)), files.whole_file(journal) as temporary:
-        open_study(temporary, name).add_trials(trials)
-        _lock_path(temporary).unlink(missing_ok=True)
+def _write(journal: Path, study: optuna.Study, trials: list[FrozenTrial]) -> optuna.Study:
+    """A journal of these trials of ``study`` alone, in the place of whatever is there."""
+    with filelock.FileLock(files.lock_path(journal)), files.whole_file(journal) as temporary:
+        copy = open_study(temporary, _local_name(study))
+        for key, value in study.user_attrs.items():
+            copy.set_user_attr(key, value)
+        copy.add_trials(trials)
+        files.lock_path(temporary).unlink(missing_ok=True)
     files.forget_checksum(journal)
+    return open_study(journal, _local_name(study))
 
 
-def resume_study(journal: Path, name: str) -> optuna.Study:
+def _local_name(study: optuna.Study) -> str:
+    """A study's name in its run folder: a shared storage puts the folder before it."""
+    return study.study_name.rpartition(": ")[2]
+
+
+def resume_study(journal: Path, name: str, settings: dict[str, Any] | None = None) -> optuna.Study:
     """As `open_study`, for the one process that goes on with a search: without what a killed one left half done.
 
     Such a trial must leave no trace: its number would shift those of the later ones, by which Hyperband deals out its
-    brackets, and the rungs that it reached would count as a competitor's.
+    brackets, and the rungs that it reached would count as a competitor's. What was begun with other ``settings`` is
+    begun anew.
     """
     if journal.exists():
         _mend(journal)
     study = open_study(journal, name)
     trials = study.get_trials(deepcopy=False)
     finished = [t for t in trials if t.state in FINISHED]
-    if len(finished) < len(trials):
-        _write(journal, name, finished)
+    if not _is_of(study, settings):
+        journal.unlink()
         study = open_study(journal, name)
+        _is_of(study, settings)
+    elif len(finished) < len(trials):
+        study = _write(journal, study, finished)
     return study
 
 
-def keep(study: optuna.Study, journal: Path, name: str) -> optuna.Study:
+def _is_of(study: optuna.Study, settings: dict[str, Any] | None) -> bool:
+    """Whether a study was begun with these settings; one that has none yet gets them."""
+    if settings is None:
+        return True
+    asked = json.loads(json.dumps(settings))  # tuples become lists, as in the storage
+    if not study.user_attrs and not study.get_trials(deepcopy=False):
+        study.set_user_attr("settings", asked)
+        return True
+    return study.user_attrs.get("settings", asked) == asked
+
+
+def keep(study: optuna.Study, journal: Path) -> optuna.Study:
     """A copy of the finished trials in a run folder, which then needs no database to be read."""
     finished = sorted(study.get_trials(deepcopy=False, states=FINISHED), key=lambda t: t.number)
     if journal.exists():
-        kept = open_study(journal, name)
+        kept = open_study(journal, _local_name(study))
         if len(kept.get_trials(deepcopy=False, states=FINISHED)) == len(finished):
             return kept
-    _write(journal, name, finished)
-    return open_study(journal, name)
+    return _write(journal, study, finished)
 
 
 # --- many processes ---
@@ -175,12 +194,10 @@ def share_study(storage: str, name: str, settings: dict[str, Any]) -> optuna.Stu
 
     Raises ValueError if the study there was begun with other settings: their trials do not compare.
     """
-    study, settings = open_study(_place(storage), name), json.loads(json.dumps(settings))
-    begun = study.user_attrs.get("settings")
-    if begun is None:
-        study.set_user_attr("settings", settings)
-    elif begun != settings:
-        changed = sorted(key for key in {**begun, **settings} if begun.get(key) != settings.get(key))
+    study = open_study(_place(storage), name)
+    if not _is_of(study, settings):
+        begun = study.user_attrs["settings"]
+        changed = sorted(key for key, value in json.loads(json.dumps(settings)).items() if begun.get(key) != value)
         raise ValueError(
             f"storage {shown(without_password(storage))} holds study {name!r} begun with other values of "
             f"{', '.join(changed)}: give another storage, or the same settings."

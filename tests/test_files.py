@@ -174,14 +174,14 @@ def holder(path, seconds):
 
 
 def test_a_second_process_says_that_it_waits_and_then_goes_on(run, capsys):
-    process = holder(run.path / ".1_transfer.lock", 1)
+    process = holder(run.path.with_name(f".{run.path.name}.1_transfer.lock"), 1)
     with run.lock("1_transfer"):
         assert process.wait(5) == 0
     assert f"Waiting: another process is working on 1_transfer in {run.path} ..." in capsys.readouterr().out
 
 
 def test_the_lock_of_a_killed_process_is_free(run, capsys):
-    process = holder(run.path / ".1_transfer.lock", 1000)
+    process = holder(run.path.with_name(f".{run.path.name}.1_transfer.lock"), 1000)
     process.send_signal(signal.SIGKILL)
     process.wait()
     start = time.monotonic()
@@ -193,7 +193,7 @@ def test_the_lock_of_a_killed_process_is_free(run, capsys):
 def test_who_holds_a_lock_clears_what_killed_writers_left_there_and_nothing_else(run):
     step, other = run.folder("1_transfer"), run.folder("2_tune")
     kept = [step / "epoch_001.safetensors", step / ".hidden", other / ".journal.log.77", run.path / ".table_1.json.77"]
-    left = [step / ".epoch_002.safetensors.4711"]
+    left = [step / ".epoch_002.safetensors.4711", step / ".tmpA1b2C3"]  # the second is safetensors' own
     for path in kept + left:
         path.write_text("x")
     with run.lock("1_transfer"):
