@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -55,8 +56,7 @@ class _Journal(JournalFileBackend):
 
 def without_password(url: str) -> str:
     """A storage URL as it may be shown."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return re.sub("//[^/]*@", "//", url)
 
 
 def _open(where: Path | str) -> optuna.storages.BaseStorage:
@@ -90,10 +90,10 @@ def open_study(where: Path | str, name: str) -> optuna.Study:
             if isinstance(where, Path):
                 raise
             # Of several workers that make the tables of a new database at once, one is the first.
-            if attempt < 4 and type(error).__name__ in ("IntegrityError", "ProgrammingError"):
+            if attempt < 4 and ("already exists" in str(error) or type(error).__name__ == "IntegrityError"):
                 time.sleep(0.2 * 2**attempt)
                 continue
-            reason = shown(str(error).replace(where, without_password(where)))
+            reason = shown(without_password((str(error) or type(error).__name__).splitlines()[0]))
             raise ValueError(
                 f"storage {shown(without_password(where))} cannot be opened ({reason}): give an Optuna URL such as "
                 "sqlite:///search.db or postgresql://user@host/name, start its server, or install its driver."
@@ -233,8 +233,8 @@ class Workers:
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if self._is_dead(trial):
                     with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # it finished just now
+                        _retry(study, trial)  # first, so that nobody finds a trial lacking and begins another
                         study.tell(trial.number, state=TrialState.FAIL)
-                        _retry(study, trial)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
         worker = trial.user_attrs.get("worker")

@@ -91,8 +91,8 @@ def search(
         study.sampler = sampler(trial.number)
         if workers:
             trial.set_user_attr("worker", workers.name)
-            begun = study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))
-            if sum(t.number < trial.number for t in begun) >= n_trials:
+            before = study.get_trials(deepcopy=False)[: trial.number]  # also those that wait to be done again
+            if sum(t.state != TrialState.FAIL for t in before) >= n_trials:
                 raise _Surplus
         steps = trial.suggest_int("IS", *space.IS)
         guidance = trial.suggest_float("UGS", *space.UGS)
@@ -134,7 +134,8 @@ def search(
             bar.update(done - bar.n)
             if done >= n_trials:
                 return study
-            if done + sum(t.state == TrialState.RUNNING for t in trials) >= n_trials:
+            waiting = any(t.state == TrialState.WAITING for t in trials)  # to be done again
+            if done + sum(t.state == TrialState.RUNNING for t in trials) >= n_trials and not waiting:
                 time.sleep(POLL_SECONDS)  # the last ones are others' work; should one of them die, it is ours
                 continue
             study.optimize(objective, n_trials=1, catch=(_Surplus,))
