@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from . import backbone as backbones
-from . import classifier, cost, data, devices, runs, train, tune
+from . import classifier, cost, data, devices, runs, shards, train, tune
 from .class_encoder import ClassEncoder
 from .sample import balanced_labels, generate
 from .settings import Settings
@@ -315,19 +314,20 @@ class Course:
         Block b repeats the labels of the real training set; so x1 < x2 < .. are prefixes of one set. Blocks are kept as
         ``5_datasets/block_01.npz`` ... and made where missing.
         """
-        folder, labels = self.run.folder("5_datasets"), self.data.train.labels.sort().values
-        point, images = self.point("after 4"), []
-        for block in range(1, multiple + 1):
-            path = folder / f"block_{block:02d}.npz"
-            note = folder / f"block_{block:02d}.json"
-            if not runs.is_whole(path) or runs.load_json(note) != point:
-                new = self.draw(point, labels, "synthetic", (block - 1) * len(labels), f"block {block} of {multiple}")
-                with runs.whole_file(path) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, images=new.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-                runs.save_json(note, point)
-            with np.load(path, allow_pickle=False) as file:
-                images.append(torch.from_numpy(file["images"]).permute(0, 3, 1, 2))
-        return data.Split(torch.cat(images), labels.repeat(multiple))
+        paths = [self.make_block(block, progress=f"block {block} of {multiple}") for block in range(1, multiple + 1)]
+        labels = self.data.train.labels.sort().values
+        return data.Split(torch.cat([shards.load_images(path) for path in paths]), labels.repeat(multiple))
+
+    def make_block(self, block: int, rank: int = 0, ranks: int = 1, wait=lambda: None, progress=None) -> Path:
+        """The file of block ``block`` (1, 2, ..) of the synthetic set, made if missing; see `shards.make_block`."""
+        path, labels = self.run.folder("5_datasets") / f"block_{block:02d}.npz", self.data.train.labels.sort().values
+        point = self.point("after 4")
+        shards.make_block(
+            path, lambda labels, first: self.draw(point, labels, "synthetic", first), labels, point,
+            first_index=(block - 1) * len(labels), batch_size=self.settings.sample_batch_size, rank=rank, ranks=ranks,
+            wait=wait, progress=progress,
+        )  # fmt: skip
+        return path
 
     @runs.one_at_a_time("table_2.json")
     def scaling(self) -> dict[str, dict[str, list[float]]]:

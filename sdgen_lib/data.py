@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import data_files
+from . import data_files, files
 from .settings import shown, unknown_name
 
 TEST_FRACTION, VAL_FRACTION, CIFAR_VAL_FRACTION = 0.25, 0.15, 0.2
@@ -335,6 +335,8 @@ def _read_medmnist(name: str) -> ImageData:
     suffix = name.removeprefix(flag)
     info, folder, size = medmnist.INFO[flag], _cache_folder(), int(size or 28)
     cls, path, md5 = getattr(medmnist, info["python_class"]), folder / f"{name}.npz", info[f"MD5{suffix}"]
+    if path.exists() and not check_integrity(path, md5):  # a download that was killed, say
+        files.move_aside(path)
     if not path.exists():
         try:
             cls("train", download=True, root=folder, size=size)
@@ -342,7 +344,7 @@ def _read_medmnist(name: str) -> ImageData:
             path.unlink(missing_ok=True)  # a download that broke off; it was not there before
             raise _no_download(name, info[f"url{suffix}"], path, error.__context__ or error) from error
     if not check_integrity(path, md5):
-        raise ValueError(f"{path} is damaged: its MD5 is not {md5}; delete it and run again.")
+        raise ValueError(f"{path} is not what MedMNIST publishes: its MD5 is not {md5}; delete it and run again.")
     parts = [cls(part, root=folder, size=size) for part in ("train", "val", "test")]
     class_names = tuple(info["label"][key] for key in sorted(info["label"], key=int))
     return ImageData(name, name, class_names, *(_to_split(part.imgs, part.labels) for part in parts))

@@ -119,7 +119,10 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Tensors by name -> one .safetensors file, whole or not at all."""
     with whole_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as of any new file here; safetensors lets nobody else read its own
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        temporary.chmod(mode)
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -198,7 +201,8 @@ def discard(path: Path) -> None:
 def move_aside(path: Path) -> Path:
     """Renames a damaged file, and says so; returns where it is now."""
     aside = path.with_name(path.name + ".damaged")
-    os.replace(path, aside)
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        os.replace(path, aside)
     print(f"{path.name} is damaged; it was moved aside to {aside} and is made again.", flush=True)
     return aside
 

@@ -61,24 +61,38 @@ def generate(
     ``class_labels`` int64 (N,); ``num_inference_steps`` (IS) 1..1000; ``guidance_scale`` (UGS) >= 0;
     ``first_index`` the position in the set of the first label, so that a set can be made in shards;
     ``image_size`` pixels (None: the backbone's); ``progress`` a title for a progress bar; ``on_batch(images done)``.
+    Where the GPU's memory does not hold a batch, this and the following ones are halved.
     """
     if not guidance_scale >= 0:
         raise ValueError(f"guidance_scale must be at least 0, not {guidance_scale!r}.")
     contexts = class_encoder.contexts().detach()
     empty_prompt = backbone.text_context([""])[0] if unconditional == "empty_prompt" else None
     away_from = class_encoder.unconditional(unconditional, empty_prompt).detach()
-    images = []
+    images, start = [], 0
     with tqdm(total=len(class_labels), desc=progress, unit="image", disable=progress is None) as bar:
-        for start in range(0, len(class_labels), batch_size):
+        while start < len(class_labels):
             labels = class_labels[start : start + batch_size]
             indices = range(first_index + start, first_index + start + len(labels))
-            latents = generate_latents(
-                backbone, contexts[labels.to(contexts.device)], away_from,
-                initial_noise(seed, set_name, indices, backbone.latent_shape),
-                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, sampler=sampler,
-            )  # fmt: skip
-            images.append(data.resize(backbone.decode(latents).cpu(), image_size or backbone.image_size))
+            try:
+                latents = generate_latents(
+                    backbone, contexts[labels.to(contexts.device)], away_from,
+                    initial_noise(seed, set_name, indices, backbone.latent_shape),
+                    num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, sampler=sampler,
+                )  # fmt: skip
+                decoded = backbone.decode(latents).cpu()
+            except torch.OutOfMemoryError as error:
+                if batch_size == 1:
+                    raise torch.OutOfMemoryError(
+                        "Not even one image fits into the GPU's memory: free it (other notebooks hold some), "
+                        "or choose a smaller backbone."
+                    ) from error
+                batch_size = min(batch_size, len(labels)) // 2 or 1
+                tqdm.write(f"The GPU's memory does not hold {len(labels)} images at once: {batch_size} from now on.")
+                torch.cuda.empty_cache()
+                continue
+            images.append(data.resize(decoded, image_size or backbone.image_size))
+            start += len(labels)
             bar.update(len(labels))
             if on_batch:
-                on_batch(start + len(labels))
+                on_batch(start)
     return torch.cat(images)

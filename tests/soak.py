@@ -6,13 +6,15 @@ Each attempt at a step is a process of its own, forked from this one, which has 
 loaded. It is ended by SIGKILL, either just before a random one of the calls by which Python opens, renames, makes or
 deletes files, or after a random time. Then a new process goes on, is killed again, and so on; at last one is let
 through. What it leaves must be what the unbroken run left: checkpoints, images, trials, tables and the manifest, but
-for clocks. Then one file of each kind is damaged by a bit; who needs it must move it aside and make it again the same.
+for clocks. So it must be when three processes do the run in one folder at the same time, and when one file of each
+kind is damaged by a bit: who needs it has to move it aside and to make it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import random
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +204,38 @@ def damage(folder: Path, attempt: Callable[..., Callable[[], None]], report: Cal
     return len(DAMAGED)
 
 
+def together(folder: Path, attempt: Callable[..., Callable[[], None]], processes: int = 3) -> int:
+    """That many processes do the whole run in one new folder at the same time; it must be as if one had."""
+    expected = state_of(run_folder(folder))
+    shutil.rmtree(folder / "runs")
+    with ThreadPoolExecutor(processes) as pool:  # threads that only wait: each for a process that it forks
+        ended = list(pool.map(lambda _: in_a_process(attempt(*STEPS))[0], range(processes)))
+    assert ended == [0] * processes, f"{processes} processes on one folder ended with {ended}"
+    assert not (wrong := differences(state_of(run_folder(folder)), expected)), f"together they left other {wrong}"
+    return processes
+
+
+def read_only(folder: Path, attempt: Callable[..., Callable[[], None]]) -> None:
+    """A finished run on a disk that cannot be written to is read as ever."""
+
+    def refuse(event: str, arguments) -> None:
+        path = Path(os.fsdecode(arguments[0])) if arguments and isinstance(arguments[0], (str, bytes, Path)) else None
+        if path is None or not path.is_relative_to(folder / "runs"):
+            return
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes or event in FILE_EVENTS[1:] and not (event == "os.mkdir" and path.exists()):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def work() -> None:
+        sys.addaudithook(refuse)
+        attempt(*STEPS)()
+
+    before = state_of(run_folder(folder))
+    ended, *_ = in_a_process(work)
+    assert ended == 0, "a finished run could not be read where nothing can be written"
+    assert not differences(state_of(run_folder(folder)), before)
+
+
 def soak(folder: Path, kills: int, seed: int, report: Callable[[str], None] = print) -> dict[str, int]:
     """Kills the steps in turn until there were ``kills``; returns how many of each. AssertionError on a difference."""
     attempt, runs_dir = attempts(folder), folder / "runs"
@@ -236,6 +271,10 @@ def soak(folder: Path, kills: int, seed: int, report: Callable[[str], None] = pr
             wrong = differences(state_of(run_folder(folder)), after[step])
             assert not wrong, f"after {story} {step} left other {', '.join(wrong)}; see {runs_dir}"
             count[step] += len(story)
+    count["together"] = together(folder, attempt)
+    report(f"{count['together']} processes at the same time: the same")
+    read_only(folder, attempt)
+    report("where nothing can be written: read as ever")
     return {**count, "damaged": damage(folder, attempt, report)}
 
 
@@ -250,9 +289,10 @@ def main(argv: list[str] | None = None) -> None:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         count = soak(folder, args.kills, args.seed)
-    damaged = count.pop("damaged")
+    damaged, processes = count.pop("damaged"), count.pop("together")
     seconds = round(time.monotonic() - start)
-    print(json.dumps({"kills": sum(count.values()), "of": count, "damaged": damaged, "seconds": seconds}))
+    print(json.dumps({"kills": sum(count.values()), "of": count, "together": processes, "damaged": damaged,
+                      "seconds": seconds}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def test_the_manifest_holds_the_checksum_that_sha256sum_computes(run):
     assert run.manifest["files"] == {"1_transfer/epoch_001.safetensors": [told]}
 
 
+def test_weights_may_be_read_by_whom_other_files_may_be_read(run):
+    files.save_json(run.path / "a.json", 1)
+    files.save_tensors(run.path / "a.safetensors", {"x": torch.ones(3)})
+    assert (run.path / "a.safetensors").stat().st_mode == (run.path / "a.json").stat().st_mode
+
+
 def test_a_flipped_bit_is_noticed_and_the_file_moved_aside(run, capsys):
     path = run.folder("1_transfer") / "epoch_001.safetensors"
     files.save_tensors(path, {"x": torch.ones(3)})

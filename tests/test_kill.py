@@ -30,7 +30,7 @@ def test_every_step_goes_on_to_the_same_result_after_kills(soaked):
     report, _ = soaked
     assert report["kills"] >= 30
     assert set(report["of"]) == set(soak.STEPS) and min(report["of"].values()) >= 1
-    assert report["damaged"] == len(soak.DAMAGED)
+    assert report["damaged"] == len(soak.DAMAGED) and report["together"] == 3
 
 
 @pytest.mark.slow
