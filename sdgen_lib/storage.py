@@ -12,9 +12,11 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import uuid
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -209,37 +211,73 @@ class Workers:
     """The processes that share a study: who is alive, and what the dead ones leave behind.
 
     A database has Optuna's heartbeat for that. Beside a journal file each worker holds a lock file, which the operating
-    system frees when it dies; its trials carry the file's name. (gRPC clients have neither: there a dead worker's trial
-    stays open until the proxy's own database notices.)
+    system frees when it dies; its trials carry the file's name. Through the gRPC proxy, which has neither, a worker
+    writes the time into its trial every now and then.
     """
 
     def __init__(self, storage: str):
-        self.journal = place if isinstance(place := _place(storage), Path) else None
+        place = _place(storage)
+        self.journal = place if isinstance(place, Path) else None
+        self.by_clock = self.journal is None and place.startswith("grpc://")
         self.name = f".worker-{uuid.uuid4().hex}.lock"
         self._lock = None
+
+    def __enter__(self) -> Workers:
         if self.journal:
             self.journal.parent.mkdir(parents=True, exist_ok=True)
             self._lock = filelock.FileLock(self.journal.with_name(self.name))
             self._lock.acquire()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lock:
+            self.journal.with_name(self.name).unlink(missing_ok=True)
+            self._lock.release()
+
+    @contextlib.contextmanager
+    def signed(self, trial: optuna.Trial) -> Iterator[None]:
+        """While in here, this process works on ``trial``, and the others can see it."""
+        trial.set_user_attr("worker", self.name)
+        finished, beat = threading.Event(), None
+        if self.by_clock:
+
+            def tell_the_time() -> None:
+                while not finished.is_set():
+                    trial.set_user_attr("alive", time.time())
+                    finished.wait(HEARTBEAT_SECONDS)
+
+            beat = threading.Thread(target=tell_the_time, daemon=True)
+            beat.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            if beat:
+                beat.join()
 
     def revive(self, study: optuna.Study) -> None:
         """Fails the running trials of dead workers and enqueues their parameters again."""
-        if self.journal is None:
+        if self.journal is None and not self.by_clock:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 optuna.storages.fail_stale_trials(study)
             return
-        with filelock.FileLock(self.journal.with_name(".revive.lock")):
+        guard = filelock.FileLock(self.journal.with_name(".revive.lock")) if self.journal else contextlib.nullcontext()
+        with guard:
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if self._is_dead(trial):
-                    with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # it finished just now
-                        _retry(study, trial)  # first, so that nobody finds a trial lacking and begins another
+                    with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # another was faster, or it lives
+                        if self.journal:  # guarded: first enqueued, so that nobody finds one lacking and begins another
+                            _retry(study, trial)
                         study.tell(trial.number, state=TrialState.FAIL)
+                        if not self.journal:  # only one of several can fail it: that one enqueues
+                            _retry(study, trial)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
         worker = trial.user_attrs.get("worker")
-        if worker is None:  # killed before it could sign, unless it is about to
-            return time.time() - trial.datetime_start.timestamp() > GRACE_SECONDS
+        if worker is None or self.by_clock:  # without a name: killed before it could sign, unless it is about to
+            seen = trial.user_attrs.get("alive", trial.datetime_start.timestamp())
+            return time.time() - seen > GRACE_SECONDS
         if worker == self.name:
             return False
         path = self.journal.with_name(Path(worker).name)
@@ -249,14 +287,6 @@ class Workers:
                 return True
         except filelock.Timeout:
             return False
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._lock:
-            self.journal.with_name(self.name).unlink(missing_ok=True)
-            self._lock.release()
 
 
 def _retry(study: optuna.Study, trial: FrozenTrial) -> None:

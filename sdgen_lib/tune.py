@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import optuna
 import pandas as pd
 import torch
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
@@ -90,7 +92,6 @@ def search(
         start = time.perf_counter()
         study.sampler = sampler(trial.number)
         if workers:
-            trial.set_user_attr("worker", workers.name)
             before = study.get_trials(deepcopy=False)[: trial.number]  # also those that wait to be done again
             if sum(t.state != TrialState.FAIL for t in before) >= n_trials:
                 raise _Surplus
@@ -121,10 +122,21 @@ def search(
         finish(len(history))
         return best["value"]
 
+    def signed(trial: optuna.Trial) -> float:
+        nonlocal failed
+        try:
+            with workers.signed(trial) if workers else contextlib.nullcontext():
+                return objective(trial)
+        except (optuna.TrialPruned, UpdateFinishedTrialError, _Surplus):
+            raise
+        except BaseException:
+            failed = True
+            raise
+
     if workers is None:  # whoever left these half done is gone
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
-    study.pruner = pruner
+    study.pruner, failed = pruner, False
     with tqdm(total=n_trials, desc=study.study_name, unit="trial") as bar:
         while True:
             if workers:
@@ -138,7 +150,13 @@ def search(
             if done + sum(t.state == TrialState.RUNNING for t in trials) >= n_trials and not waiting:
                 time.sleep(POLL_SECONDS)  # the last ones are others' work; should one of them die, it is ours
                 continue
-            study.optimize(objective, n_trials=1, catch=(_Surplus,))
+            failed = False
+            try:
+                study.optimize(signed, n_trials=1, catch=(_Surplus,))
+            except (ValueError, UpdateFinishedTrialError):
+                if failed or workers is None:
+                    raise
+                continue  # it had not been heard of for so long that another worker has taken its trial over
             if any(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)):
                 best = {name: round(value, 2) for name, value in study.best_params.items()}
                 bar.set_postfix({"best": f"{study.best_value:.1%}", **best})

@@ -161,9 +161,11 @@ def attempts(folder: Path) -> Callable[..., Callable[[], None]]:
     write_dataset(folder / "small.npz")
     model = backbone.load("tiny", device="cpu", precision="fp32")
 
-    def attempt(*steps: str) -> Callable[[], None]:
+    def attempt(*steps: str, **changes) -> Callable[[], None]:
         def work() -> None:
-            asked = settings.resolve(**SMALL, dataset=str(folder / "small.npz"), runs_dir=str(folder / "runs"))
+            asked = settings.resolve(
+                **SMALL, **changes, dataset=str(folder / "small.npz"), runs_dir=str(folder / "runs")
+            )
             made = course.Course(asked)
             made.backbone = model
             for step in steps:
@@ -215,6 +217,23 @@ def together(folder: Path, attempt: Callable[..., Callable[[], None]], processes
     return processes
 
 
+def share(folder: Path, attempt: Callable[..., Callable[[], None]], processes: int = 2) -> None:
+    """That many processes share the first search; its trials are in the storage and in the run folder."""
+    shutil.rmtree(folder / "runs")
+    shutil.copytree(folder / "before" / "2_tune", folder / "runs")
+    storage = folder / "shared.log"
+    with ThreadPoolExecutor(processes) as pool:
+        work = attempt("2_tune", storage=str(storage))
+        ended = list(pool.map(lambda _: in_a_process(work)[0], range(processes)))
+    assert ended == [0] * processes, f"{processes} workers ended with {ended}"
+    kept, shared = trials_of(run_folder(folder) / "2_tune" / "journal.log"), trials_of(storage)
+    finished = [trial[1:] for trial in shared if trial[1] in ("COMPLETE", "PRUNED")]
+    assert len(finished) == SMALL["n_trials"] and [trial[1:] for trial in kept] == finished
+    workers = {trial[-1]["worker"] for trial in kept}
+    assert len(workers) <= processes and not list(folder.glob(".worker*"))
+    assert str(storage) not in (run_folder(folder) / "manifest.json").read_text()
+
+
 def read_only(folder: Path, attempt: Callable[..., Callable[[], None]]) -> None:
     """A finished run on a disk that cannot be written to is read as ever."""
 
@@ -237,7 +256,10 @@ def read_only(folder: Path, attempt: Callable[..., Callable[[], None]]) -> None:
 
 
 def soak(folder: Path, kills: int, seed: int, report: Callable[[str], None] = print) -> dict[str, int]:
-    """Kills the steps in turn until there were ``kills``; returns how many of each. AssertionError on a difference."""
+    """All of the above; the steps are killed in turn until there were ``kills``.
+
+    Returns how many of each step, and what the rest counted. AssertionError on a difference.
+    """
     attempt, runs_dir = attempts(folder), folder / "runs"
     before, after, length = {}, {}, {}
     for step in STEPS:
@@ -275,7 +297,10 @@ def soak(folder: Path, kills: int, seed: int, report: Callable[[str], None] = pr
     report(f"{count['together']} processes at the same time: the same")
     read_only(folder, attempt)
     report("where nothing can be written: read as ever")
-    return {**count, "damaged": damage(folder, attempt, report)}
+    count["damaged"] = damage(folder, attempt, report)
+    share(folder, attempt)
+    report("2 workers on one search: no trial lost, none done twice")
+    return count
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -109,6 +109,35 @@ def test_progress_is_told(generate, capsys):
     assert "drawing digits" in shown and "5/5" in shown
 
 
+class SmallMemory:
+    """A backbone on a GPU that holds ``most`` images at once."""
+
+    def __init__(self, backbone, most):
+        self.backbone, self.most, self.sizes = backbone, most, []
+
+    def __getattr__(self, name):
+        return getattr(self.backbone, name)
+
+    def decode(self, latents):
+        self.sizes.append(len(latents))
+        if len(latents) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return self.backbone.decode(latents)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(3, [4, 2, 2, 1]), (1, [4, 2, 1, 1, 1, 1, 1])])
+def test_a_batch_that_the_gpu_cannot_hold_is_halved(tiny, encoder, whole, most, sizes, capsys):
+    small = SmallMemory(tiny, most)
+    drawn = sample.generate(small, encoder, LABELS, num_inference_steps=4, guidance_scale=2.0, batch_size=4)
+    assert small.sizes == sizes and gap(drawn, whole) <= 1
+    assert "does not hold 4 images at once: 2 from now on" in capsys.readouterr().out
+
+
+def test_a_gpu_that_holds_no_image_says_what_to_do(tiny, encoder):
+    with pytest.raises(torch.OutOfMemoryError, match="Not even one image fits .* smaller backbone"):
+        sample.generate(SmallMemory(tiny, 0), encoder, LABELS, num_inference_steps=1, guidance_scale=1.0)
+
+
 # --- noise and labels ---
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -62,14 +63,38 @@ def postgresql(tmp_path_factory):
         yield f"postgresql+{driver}://sdgen@127.0.0.1:{port}/postgres"
 
 
-@pytest.fixture(params=["journal", "sqlite", "postgresql"])
+@pytest.fixture
+def grpc_proxy(tmp_path):
+    """The URL of Optuna's gRPC proxy in front of an SQLite file."""
+    if importlib.util.find_spec("grpc") is None:
+        pytest.skip("no gRPC (pip install grpcio protobuf)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = ("import optuna, sys; optuna.storages.run_grpc_proxy_server("
+             "optuna.storages.RDBStorage(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))")  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    server = subprocess.Popen([sys.executable, "-c", serve, f"sqlite:///{tmp_path / 'behind.db'}", str(port)],
+                              env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.2)
+        yield f"grpc://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(params=["journal", "sqlite", "postgresql", "grpc"])
 def shared(request, tmp_path, monkeypatch):
     """A ``storage`` parameter of each kind; workers are missed after seconds, not minutes."""
     monkeypatch.setattr(storage, "HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr(storage, "GRACE_SECONDS", 3)
+    monkeypatch.setattr(storage, "GRACE_SECONDS", 8)
     monkeypatch.setattr(tune, "POLL_SECONDS", 0.2)
-    if request.param == "postgresql":
-        return request.getfixturevalue("postgresql")
+    if request.param in ("postgresql", "grpc"):
+        return request.getfixturevalue({"grpc": "grpc_proxy"}.get(request.param, request.param))
     return str(tmp_path / "search.log") if request.param == "journal" else f"sqlite:///{tmp_path / 'search.db'}"
 
 
@@ -149,6 +174,35 @@ def test_workers_share_a_search_and_take_over_a_dead_ones_trial(shared, count, d
     (again,) = [t for t in finished if "retry_of" in t.user_attrs]
     assert tuple(again.params[p] for p in tune.PARAMETERS) == dead[1]
     assert trials[again.user_attrs["retry_of"]].state == TrialState.FAIL
+
+
+def test_a_worker_taken_for_dead_goes_on_with_the_next_trial(digits, formula, tmp_path):
+    """It was only slow: what it was doing is another's now, and its own result is dropped."""
+    where, taken = str(tmp_path / "search.log"), []
+    study = tune.share_study(where, "slow: step 2", SETTINGS)
+
+    def images_of(*point):
+        if not taken:
+            (mine,) = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.RUNNING]
+            other = tune.share_study(where, "slow: step 2", SETTINGS)
+            other.tell(mine.number, state=TrialState.FAIL)
+            taken.append(mine.number)
+        return torch.tensor(point, dtype=torch.float64)
+
+    with tune.Workers(where) as workers:
+        tune.search(study, SPACE, images_of, digits.train.labels, digits, n_trials=3, select_on="val", seed=0,
+                    classifier_options={"epochs": 2}, workers=workers)  # fmt: skip
+    assert [t.state in tune.FINISHED for t in study.trials] == [False, True, True, True] and taken == [0]
+
+
+def test_an_error_of_a_trial_is_not_taken_for_that(digits, formula, tmp_path):
+    def images_of(*point):
+        raise ValueError("no images")
+
+    where = str(tmp_path / "search.log")
+    with tune.Workers(where) as workers, pytest.raises(ValueError, match="no images"):
+        tune.search(tune.share_study(where, "broken", SETTINGS), SPACE, images_of, digits.train.labels, digits, n_trials=3,
+                    select_on="val", seed=0, classifier_options={"epochs": 2}, workers=workers)  # fmt: skip
 
 
 @pytest.mark.slow
