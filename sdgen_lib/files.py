@@ -45,7 +45,7 @@ def lock(path: Path, waiting_for: str | None = None) -> Iterator[None]:
     """Holds the lock file ``path``; another process that wants it waits, having said so.
 
     The operating system keeps the lock, so that it ends with its process, however that ends. In a folder that cannot be
-    written to there is nothing to guard.
+    written to there is nothing to guard, and a file system without locks cannot.
     """
     guard = filelock.FileLock(path)
     try:
@@ -55,7 +55,7 @@ def lock(path: Path, waiting_for: str | None = None) -> Iterator[None]:
             print(f"Waiting: another process is working on {waiting_for} ...", flush=True)
         guard.acquire()
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
     try:
         yield

@@ -201,8 +201,9 @@ def test_an_error_of_a_trial_is_not_taken_for_that(digits, formula, tmp_path):
 
     where = str(tmp_path / "search.log")
     with tune.Workers(where) as workers, pytest.raises(ValueError, match="no images"):
-        tune.search(tune.share_study(where, "broken", SETTINGS), SPACE, images_of, digits.train.labels, digits, n_trials=3,
-                    select_on="val", seed=0, classifier_options={"epochs": 2}, workers=workers)  # fmt: skip
+        study = tune.share_study(where, "broken", SETTINGS)
+        tune.search(study, SPACE, images_of, digits.train.labels, digits, n_trials=3, select_on="val", seed=0,
+                    classifier_options={"epochs": 2}, workers=workers)  # fmt: skip
 
 
 @pytest.mark.slow
