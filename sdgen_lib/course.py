@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -10,14 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from . import backbone as backbones
-from . import classifier, cost, data, devices, lora, runs, train, tune
+from . import classifier, cost, data, devices, lora, runs, shards, train, tune
 from .class_encoder import ClassEncoder
 from .sample import balanced_labels, generate
 from .settings import Settings, followed
@@ -79,9 +79,11 @@ class Course:
     def latents(self) -> dict[str, train.Latents]:
         """The train and val splits after the VAE, encoded once and kept in the run folder."""
         path = self.run.path / "latents.safetensors"
-        if not path.exists():
-            print("Encoding the real images once with the VAE ...")
-            runs.save_tensors(path, {s: self.backbone.encode(getattr(self.data, s).images) for s in ("train", "val")})
+        with self.run.lock(path.name):
+            if not runs.is_whole(path):
+                print("Encoding the real images once with the VAE ...")
+                splits = ("train", "val")
+                runs.save_tensors(path, {s: self.backbone.encode(getattr(self.data, s).images) for s in splits})
         tensors = runs.load_tensors(path)
         device = self.backbone.device
         return {s: train.Latents(tensors[s].to(device), getattr(self.data, s).labels.to(device)) for s in tensors}
@@ -100,6 +102,10 @@ class Course:
 
         ``None`` is the pretrained UNet. Returns the Class-Encoder, frozen.
         """
+        for step, redo, epoch in (("1_transfer", self.transfer, transfer_epoch),
+                                  ("3_finetune", self.finetune, finetune_epoch)):  # fmt: skip
+            if epoch and not runs.is_whole(train.checkpoint_path(self.run.folder(step), epoch)):
+                redo()
         encoder = self.new_class_encoder()
         encoder.load_state_dict(runs.load_tensors(train.checkpoint_path(self.run.folder("1_transfer"), transfer_epoch)))
         if self._loaded is None or self._loaded[1] != finetune_epoch:
@@ -133,15 +139,17 @@ class Course:
 
     # --- the steps ---
 
+    @runs.one_at_a_time()
     def _fit(self, step: str, title: str, parts: Callable[[], tuple[dict, ClassEncoder]], **facts: Any) -> pd.DataFrame:
         """A training step, unless it is done; ``parts()`` -> (parameters that train, by name; the Class-Encoder)."""
         folder, prefix = self.run.folder(step), step[2:]
-        if self.run.is_done(step):
-            history = runs.load_json(folder / "history.json")
+        state = folder / "state.safetensors"  # is only needed to go on
+        if self.run.is_done(step) and (history := runs.load_json(folder / "history.json")):
+            runs.discard(state)
             return pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
         s = self.settings
         print(f"Step {step[0]}: {title} ({cost.text(self, step)}).")
-        asked = {name: getattr(s, name) for name in runs.STEP_FIELDS[step]}
+        asked = {**{name: getattr(s, name) for name in runs.STEP_FIELDS[step]}, **facts}
         if runs.load_json(folder / "settings.json") != asked:  # what an earlier attempt left is of other settings
             shutil.rmtree(folder)
             runs.save_json(folder / "settings.json", asked)
@@ -155,7 +163,7 @@ class Course:
             gradient_checkpointing=s.gradient_checkpointing, title=title,
         )  # fmt: skip
         self.run.record(step, time.perf_counter() - start, revision=self.backbone.source.revision, **facts)
-        (folder / "state.safetensors").unlink(missing_ok=True)  # was needed only to go on
+        runs.discard(state)
         return history
 
     def transfer(self) -> pd.DataFrame:
@@ -167,15 +175,22 @@ class Course:
 
         return self._fit("1_transfer", "Class-Encoder", parts)
 
-    def _search(
+    def _search(self, step: str, *how: Any) -> optuna.Study:
+        """A search, alone or, with ``storage`` given, together with every process that was given the same one."""
+        if self.settings.storage is None:
+            with self.run.lock(step):
+                return self._search_now(step, *how)
+        return self._search_now(step, *how)
+
+    def _search_now(
         self, step: str, n_trials: int, space: tune.Space, point_of: Callable[[dict], dict], on_trial
     ) -> optuna.Study:
-        s, folder = self.settings, self.run.folder(step)
-        done = self.run.is_done(step)
-        study = tune.open_study(folder / "journal.log", f"step {step[0]}")
-        finished = len(study.get_trials(deepcopy=False, states=tune.FINISHED))
-        if done and (finished >= n_trials or "n_trials" not in s.given):
-            return study
+        s, journal, name = self.settings, self.run.folder(step) / "journal.log", f"step {step[0]}"
+        if runs.is_whole(journal) and self.run.is_done(step):
+            study = tune.open_study(journal, name)
+            finished = len(study.get_trials(deepcopy=False, states=tune.FINISHED))
+            if finished >= n_trials or "n_trials" not in s.given:
+                return study
         print(f"Step {step[0]}: the search, {n_trials} trials ({cost.text(self, step, space)}).")
         start = time.perf_counter()
         labels = balanced_labels(s.num_images, self.data.num_classes)
@@ -184,15 +199,29 @@ class Course:
             # The same noise in every trial: trials differ by their parameters alone.
             return self.draw(point_of({"IS": steps, "UGS": guidance, "epoch": epoch}), labels, "trial")
 
-        tune.search(
-            study, space, images_of, labels, self.data, n_trials=n_trials, select_on=s.select_on, seed=s.seed,
-            pruning=s.pruning, classifier_options=classifier_options(s, in_search=True), on_trial=on_trial,
-        )  # fmt: skip
+        def search(study: optuna.Study, workers: tune.Workers | None = None) -> optuna.Study:
+            return tune.search(
+                study, space, images_of, labels, self.data, n_trials=n_trials, select_on=s.select_on, seed=s.seed,
+                pruning=s.pruning, classifier_options=classifier_options(s, in_search=True), on_trial=on_trial,
+                workers=workers,
+            )  # fmt: skip
+
+        asked = {**{field: getattr(s, field) for field in runs.STEP_FIELDS[step]}, "space": dataclasses.astuple(space)}
+        if s.storage is None:
+            runs.forget_checksum(journal)
+            study = search(tune.resume_study(journal, name, asked))
+        else:
+            shared = tune.share_study(s.storage, f"{self.run.path.parent.name}/{self.run.path.name}: {name}", asked)
+            with tune.Workers(s.storage) as workers:
+                search(shared, workers)
+            with self.run.lock(step):
+                study = tune.keep(shared, journal)
+        runs.note_checksum(journal)
         self.run.record(step, time.perf_counter() - start, n_trials=n_trials, best=study.best_params)
         if step == "4_retune" and s.keep_unets == "used":
             kept = {study.best_params["epoch"], space.epoch[1]}  # rows "after 4" and "after 3"
             for epoch in set(range(1, space.epoch[1])) - kept:
-                train.checkpoint_path(self.run.folder("3_finetune"), epoch).unlink(missing_ok=True)
+                runs.discard(train.checkpoint_path(self.run.folder("3_finetune"), epoch))
         return study
 
     def search(self, on_trial: Callable[[optuna.Study], None] | None = None) -> optuna.Study:
@@ -296,6 +325,7 @@ class Course:
         asked = (point, num_images, self.settings.classifier_seeds)
         return bool(found) and asked == (found["point"], found["num_images"], len(found["test"]))
 
+    @runs.one_at_a_time("table_1.json")
     def cas(self, row: str) -> dict[str, Any]:
         """A row of table 1: where it samples, its CAS with each classifier seed, and the seconds it took to generate.
 
@@ -314,6 +344,7 @@ class Course:
             runs.save_json(path, rows)
         return rows[row]
 
+    @runs.one_at_a_time("5_datasets")
     def synthetic(self, multiple: int) -> data.Split:
         """Step 5: the synthetic set of ``multiple`` times the real one's size.
 
@@ -331,24 +362,30 @@ class Course:
         return whole.take(order[: multiple * len(self.data.train)])
 
     def _blocks(self, blocks: Iterable[int]) -> data.Split:
-        """Blocks of the synthetic set, kept as ``5_datasets/block_01.npz`` ... and made where missing."""
-        folder, labels = self.run.folder("5_datasets"), self.data.train.labels.sort().values
-        if self.settings.class_mix == "balanced":
-            labels = balanced_labels(len(labels), self.data.num_classes)
-        point, images = {**self.point("after 4"), "class_mix": self.settings.class_mix}, []
-        for block in blocks:
-            path = folder / f"block_{block:02d}.npz"
-            note = folder / f"block_{block:02d}.json"
-            if not path.exists() or runs.load_json(note) != point:
-                set_name, first = ("synthetic", (block - 1) * len(labels)) if block else ("synthetic x1", 0)
-                new = self.draw(point, labels, set_name, first, f"synthetic block {block}")
-                with runs.whole_file(path) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, images=new.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-                runs.save_json(note, point)
-            with np.load(path, allow_pickle=False) as file:
-                images.append(torch.from_numpy(file["images"]).permute(0, 3, 1, 2))
-        return data.Split(torch.cat(images), labels.repeat(len(images)))
+        paths = [self.make_block(block, progress=f"synthetic block {block}") for block in blocks]
+        return data.Split(torch.cat([shards.load_images(path) for path in paths]), self._labels().repeat(len(paths)))
 
+    def _labels(self) -> torch.Tensor:
+        """The labels of a block."""
+        real = self.data.train.labels.sort().values
+        return balanced_labels(len(real), self.data.num_classes) if self.settings.class_mix == "balanced" else real
+
+    def make_block(self, block: int, rank: int = 0, ranks: int = 1, wait=lambda: None, progress=None) -> Path:
+        """The file of block ``block`` (1, 2, .., 0 for one apart) of the synthetic set, made if missing.
+
+        See `shards.make_block`.
+        """
+        path, labels = self.run.folder("5_datasets") / f"block_{block:02d}.npz", self._labels()
+        point = {**self.point("after 4"), "class_mix": self.settings.class_mix}
+        set_name, first_index = ("synthetic", (block - 1) * len(labels)) if block else ("synthetic x1", 0)
+        shards.make_block(
+            path, lambda labels, first: self.draw(point, labels, set_name, first), labels, point,
+            first_index=first_index, batch_size=self.settings.sample_batch_size, rank=rank, ranks=ranks, wait=wait,
+            progress=progress,
+        )  # fmt: skip
+        return path
+
+    @runs.one_at_a_time("table_2.json")
     def scaling(self) -> dict[str, dict[str, list[float]]]:
         """The row of table 2: accuracies with real images and with x1 .. xK, each seed; kept in ``table_2.json``."""
         s, path = self.settings, self.run.path / "table_2.json"

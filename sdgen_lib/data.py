@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import data_files
-from .settings import unknown_name
+from . import data_files, files
+from .settings import shown, unknown_name
 
 TEST_FRACTION, VAL_FRACTION, CIFAR_VAL_FRACTION = 0.25, 0.15, 0.2
 DIGITS_SIZE, FOLDER_SIZE = 16, 32
@@ -179,7 +179,10 @@ def _split_count(text: str, base_dir) -> tuple[str, int | None]:
 
 
 def _places(name: str, base_dir) -> list[Path]:
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"dataset {shown(name)} has no home folder: give another path.") from error
     return [path.absolute()] + ([(Path(base_dir) / path).absolute()] if base_dir is not None else [])
 
 
@@ -198,7 +201,7 @@ def _find(name: str, base_dir) -> Path:
             raise ValueError(f"{place} is neither a folder nor a .npz file; a dataset must be one of the two.")
     if name.startswith((".", "~")) or name.endswith(".npz") or "/" in name or os.sep in name:
         tried = " or ".join(map(str, places))
-        raise FileNotFoundError(f"No file or folder at {tried}; correct the path {name!r}.")
+        raise FileNotFoundError(f"No file or folder at {tried}; correct the path {shown(name)}.")
     raise unknown_name("dataset", name, names())
 
 
@@ -231,7 +234,7 @@ def _to_split(images: np.ndarray, labels: np.ndarray) -> Split:
     """uint8 ``(N, H, W)`` or ``(N, H, W, 3)`` and integer ``(N,)`` or ``(N, 1)`` arrays -> `Split`."""
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=-1)
-    images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    images = np.require(images.transpose(0, 3, 1, 2), requirements=["C", "W"])  # W: torch shares its memory
     return Split(torch.from_numpy(images), torch.from_numpy(labels.reshape(-1).astype(np.int64)))
 
 
@@ -332,6 +335,8 @@ def _read_medmnist(name: str) -> ImageData:
     suffix = name.removeprefix(flag)
     info, folder, size = medmnist.INFO[flag], _cache_folder(), int(size or 28)
     cls, path, md5 = getattr(medmnist, info["python_class"]), folder / f"{name}.npz", info[f"MD5{suffix}"]
+    if path.exists() and not check_integrity(path, md5):  # a download that was killed, say
+        files.move_aside(path)
     if not path.exists():
         try:
             cls("train", download=True, root=folder, size=size)
@@ -339,7 +344,7 @@ def _read_medmnist(name: str) -> ImageData:
             path.unlink(missing_ok=True)  # a download that broke off; it was not there before
             raise _no_download(name, info[f"url{suffix}"], path, error.__context__ or error) from error
     if not check_integrity(path, md5):
-        raise ValueError(f"{path} is damaged: its MD5 is not {md5}; delete it and run again.")
+        raise ValueError(f"{path} is not what MedMNIST publishes: its MD5 is not {md5}; delete it and run again.")
     parts = [cls(part, root=folder, size=size) for part in ("train", "val", "test")]
     class_names = tuple(info["label"][key] for key in sorted(info["label"], key=int))
     return ImageData(name, name, class_names, *(_to_split(part.imgs, part.labels) for part in parts))

@@ -1,23 +1,36 @@
-"""The run folder: where each step writes, files that appear whole or not at all, and the manifest."""
+"""The run folder: where each step writes, who may, and the manifest."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from . import files
+from .files import (
+    DamagedFile,
+    discard,
+    forget_checksum,
+    is_whole,
+    load_json,
+    load_tensors,
+    note_checksum,
+    save_json,
+    save_tensors,
+    whole_file,
+)
+from .settings import Settings, shown
 
-from .settings import Settings
+__all__ = ["DamagedFile", "discard", "forget_checksum", "is_whole", "load_json", "load_tensors", "note_checksum"]
+__all__ += ["save_json", "save_tensors", "whole_file", "Run", "STEP_FIELDS", "default_runs_dir", "one_at_a_time"]
 
 VERSIONS = ("torch", "diffusers", "transformers", "optuna", "numpy")
 
@@ -44,75 +57,101 @@ def default_runs_dir() -> Path:
     return (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "runs"
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; what was written there replaces ``path`` at the end, at once, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _refuse_link(path: Path, base: Path) -> None:
+    """Raises ValueError if ``path``, which lies in ``base``, is really elsewhere."""
+    where = os.path.realpath(path)
+    if not Path(where).is_relative_to(os.path.realpath(base)):
+        raise ValueError(f"{path} is a link that leads out of {base}, to {where}: delete it or give another runs_dir.")
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Tensors by name -> one .safetensors file, whole or not at all."""
-    with whole_file(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+def one_at_a_time(step: str | None = None) -> Callable:
+    """A decorator: while one process is in this step of a run, another one waits, and then finds it done.
 
+    Of a method of something with a ``run``; without ``step`` the method's first argument names it.
+    """
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path)
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def guarded(self, *args, **options):
+            with self.run.lock(step or args[0]):
+                return method(self, *args, **options)
 
+        return guarded
 
-def save_json(path: Path, value: Any) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def load_json(path: Path, default: Any = None) -> Any:
-    return json.loads(path.read_text()) if path.exists() else default
+    return decorate
 
 
 class Run:
     """One run's folder, ``<runs_dir>/<dataset>/<backbone>-<recipe>-seed<k>/``.
 
     Attributes: ``path``, and ``settings`` as asked for now. ``manifest.json`` holds the settings, versions and
-    timings of each finished step.
+    timings of each finished step, and the checksum of each file.
+
+    Raises OSError if the folder cannot be made, and ValueError if it, or a link in it, leads out of ``runs_dir``: a
+    folder from someone else must not make us write elsewhere.
     """
 
     def __init__(self, settings: Settings, dataset_slug: str):
         self.settings = settings
-        base = Path(settings.runs_dir).expanduser() if settings.runs_dir else default_runs_dir()
-        backbone = re.sub(r"[^A-Za-z0-9._-]+", "-", settings.backbone.rstrip("/").split("/")[-1]).lstrip(".") or "local"
+        try:
+            base = Path(settings.runs_dir).expanduser() if settings.runs_dir else default_runs_dir()
+        except RuntimeError as error:
+            raise ValueError(f"runs_dir {shown(settings.runs_dir)} has no home folder: give another path.") from error
+        backbone = re.sub(r"[^A-Za-z0-9._-]+", "-", settings.backbone.rstrip("/").split("/")[-1])[:80].lstrip(".")
+        backbone = backbone or "local"
         if "/" in settings.backbone:  # a folder or Hub id: two of one name must not share a run
             backbone += "-" + hashlib.sha256(settings.backbone.encode()).hexdigest()[:8]
         self.path = base / dataset_slug / f"{backbone}-{settings.recipe}-seed{settings.seed}"
-        self.path.mkdir(parents=True, exist_ok=True)
+        _refuse_link(self.path, base)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"The results' folder {self.path} cannot be made ({error.strerror}): give another runs_dir"
+            ) from error
+        for path in self.path.rglob("*"):
+            _refuse_link(path, self.path)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Waits until no other process holds ``name`` of this run, then holds it; clears what a killed one left."""
+        with files.lock(self.path.with_name(f".{self.path.name}.{name}.lock"), waiting_for=f"{name} in {self.path}"):
+            with contextlib.suppress(OSError):  # read-only: there is nothing to clear or to write
+                self._begin_manifest()
+                for folder, prefix in ((self.path, name), (self.path / name, "")):
+                    files.remove_leftovers(folder, prefix)
+            yield
 
     def folder(self, step: str) -> Path:
         """The folder of a step, by its name ('1_transfer'); made if missing."""
         (self.path / step).mkdir(exist_ok=True)
+        self._begin_manifest()
         return self.path / step
+
+    def _begin_manifest(self) -> None:
+        """An empty manifest, where there is none: files are only checked that were written beside one."""
+        if not (self.path / files.MANIFEST).exists():
+            with files.changed_manifest(self.path / files.MANIFEST):
+                pass
 
     @property
     def manifest(self) -> dict[str, Any]:
-        return load_json(self.path / "manifest.json", {"steps": {}})
+        return files.load_manifest(self.path / files.MANIFEST)
 
     def is_done(self, step: str) -> bool:
-        """Whether ``step`` is finished here.
+        """Whether ``step`` is finished here, with all its files.
 
         Raises ValueError if it is, but with another value of a setting that was given by hand now: results of
         different settings never mix in one folder.
         """
-        record, folder = self.manifest["steps"].get(step), self.path / step
+        manifest, folder = self.manifest, self.path / step
+        record = manifest["steps"].get(step)
         if record is None or not folder.is_dir() or not any(folder.iterdir()):
             return False
+        if not all((self.path / name).exists() for name in manifest["files"] if name.startswith(f"{step}/")):
+            return False  # one was deleted, or found damaged and moved aside
         for name in STEP_FIELDS[step]:
-            was, now = record["settings"].get(name), getattr(self.settings, name)
+            was, now = record.get("settings", {}).get(name), getattr(self.settings, name)
             if name in self.settings.given and was != now:
                 raise ValueError(
                     f"{name}={now!r} was asked for, but {step} of this run was made with {name}={was!r}. "
@@ -122,13 +161,16 @@ class Run:
 
     def record(self, step: str, seconds: float, **facts: Any) -> None:
         """Notes in the manifest that ``step`` is finished, with its settings, versions and duration."""
-        manifest = self.manifest
-        manifest["settings"] = self.settings.to_dict()
-        manifest["steps"][step] = {
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "seconds": round(seconds, 1),
-            "settings": {name: getattr(self.settings, name) for name in STEP_FIELDS[step]},
-            "versions": {"python": platform.python_version(), **{v: importlib.metadata.version(v) for v in VERSIONS}},
-            **facts,
-        }
-        save_json(self.path / "manifest.json", manifest)
+        versions = {"python": platform.python_version(), **{v: importlib.metadata.version(v) for v in VERSIONS}}
+        with files.changed_manifest(self.path / files.MANIFEST) as manifest:
+            manifest["settings"] = self.settings.to_dict()
+            manifest["steps"][step] = {
+                "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 1),
+                "settings": {name: getattr(self.settings, name) for name in STEP_FIELDS[step]},
+                "versions": versions,
+                **facts,
+            }
+            for name in list(manifest["files"]):  # of an earlier attempt with more of them
+                if name.startswith(f"{step}/") and not (self.path / name).exists():
+                    del manifest["files"][name]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from . import errors
 
 SHARED = ("dataset", "backbone", "recipe", "seed", "runs_dir")  # the parameters every notebook declares
 CHOICES = {
@@ -24,6 +25,18 @@ CHOICES = {
     "class_mix": ("real", "balanced"),
     "larger_sets": ("nested", "random"),
 }
+# What a number may be where its type alone would allow nonsense: inclusive, and far beyond what any run needs.
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "image_size": (8, 1024),
+    "default_steps": (1, 1000), "steps_min": (1, 1000), "steps_max": (1, 1000),  # the schedule has 1000 timesteps
+    "default_guidance": (0.0, 1000.0), "guidance_max": (0.0, 1000.0),
+    "transfer_learning_rate": (1e-12, 100.0), "finetune_learning_rate": (1e-12, 100.0),
+    "classifier_learning_rate": (1e-12, 100.0),
+    "weight_decay": (0.0, 100.0), "clip_norm": (1e-12, 1e12), "label_smoothing": (0.0, 1.0),
+    "classifier_width": (1, 1024), "classifier_seeds": (1, 1000), "max_multiple": (1, 1000),
+}  # fmt: skip
+WHOLE, REAL = (1, 10**7), (0.0, 1e12)  # every other number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Settings:
     recipe: str = "paper"
     seed: int = 0
     runs_dir: str | None = None  # None: `runs/` of the checkout, else of the working directory
+    storage: str | None = None  # of a search that several processes share: an Optuna URL or a journal file's path
     image_size: int | None = 32  # pixels, the classifier's; None: the dataset's own
     antialias: bool = True  # when generated images are made smaller for the classifier
     precision: str = "auto"  # of matrix products; auto: bf16 where the processor computes in it (see devices)
@@ -95,7 +109,8 @@ class Settings:
     given: tuple[str, ...] = ()  # the names that were set by hand, over the recipe
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """For a run's manifest; without ``storage``, which may hold a password and changes no result."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "storage"}
 
 
 # What each recipe changes of the paper's protocol.
@@ -153,42 +168,51 @@ SOURCES = {
 }  # fmt: skip
 
 
+def shown(value: object, length: int = 120) -> str:
+    """``value`` as an error names it: its repr on one line, cut where it would hide the message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print a whole number of thousands of digits
+        text = f"a {type(value).__name__} of {value.bit_length()} bits"
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[:length] + "..."
+
+
 def unknown_name(what: str, name: object, allowed) -> ValueError:
     """The error for a misspelt name: says what was wrong, the nearest right name, and all of them.
 
     Example: ``raise unknown_name("recipe", "dmeo", RECIPES)``.
     """
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(shown(name).strip("'"), allowed, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"Unknown {what} {name!r}.{hint} Allowed: {', '.join(allowed)}.")
+    return ValueError(f"Unknown {what} {shown(name)}.{hint} Allowed: {', '.join(allowed)}.")
 
 
 def _checked(name: str, value: Any, kind: str) -> Any:
     """One parameter's value, of the ``kind`` that its field is annotated with; raises ValueError that says what is
     allowed."""
     if name in CHOICES:
-        if value not in CHOICES[name]:
+        if not isinstance(value, str) or value not in CHOICES[name]:
             raise unknown_name(f"value for {name}", value, CHOICES[name])
         return value
-    if name in ("dataset", "backbone", "runs_dir"):
-        if not isinstance(value, (str, Path)) or not str(value).strip():
-            wanted = "a folder" if name == "runs_dir" else "a name or a path"
-            raise ValueError(f"{name} must be {wanted}, not {value!r}.")
-        return str(value)
+    texts = {"dataset": "a name or a path", "backbone": "a name or a path", "runs_dir": "a folder or None",
+             "storage": "an Optuna URL, a journal file's path or None"}  # fmt: skip
+    if name in texts:
+        text = str(value) if isinstance(value, (str, Path)) else ""
+        if not text.strip() or len(text) > 1000 or not text.isprintable():
+            raise ValueError(f"{name} must be {texts[name]}, of printable characters, not {shown(value)}.")
+        return text
     if kind == "bool":
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, not {value!r}.")
+            raise ValueError(f"{name} must be True or False, not {shown(value)}.")
         return value
-    if kind == "float":
-        low = 0.0
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
-            raise ValueError(f"{name} must be a number of at least {low:g}, not {value!r}.")
-        return float(value)
-    low, high = (0, 2**32 - 1) if name == "seed" else (1, 10**9)  # what is left is integer
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}.")
-    return value
+    real = kind == "float"
+    low, high = RANGES.get(name, REAL if real else WHOLE)
+    number = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # NaN too
+        raise ValueError(f"{name} must be a {'' if real else 'whole '}number from {low} to {high}, not {shown(value)}.")
+    return float(value) if real else value
 
 
 def resolve(recipe: str = "auto", backbone: str = "auto", **given: Any) -> Settings:
@@ -201,10 +225,11 @@ def resolve(recipe: str = "auto", backbone: str = "auto", **given: Any) -> Setti
     import torch  # here, so that checking a parameter costs no second
 
     gpu = torch.cuda.is_available()
-    recipe = ("workshop" if gpu else "demo") if recipe in ("auto", None) else recipe
-    if recipe not in RECIPES:
+    if recipe is None or (isinstance(recipe, str) and recipe == "auto"):
+        recipe = "workshop" if gpu else "demo"
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise unknown_name("recipe", recipe, ["auto", *RECIPES])
-    if backbone in ("auto", None):
+    if backbone is None or (isinstance(backbone, str) and backbone == "auto"):
         backbone = RECIPES[recipe].get("backbone", "sd2") if gpu else "tiny"
     fields = {f.name: f.type.removesuffix(" | None") for f in dataclasses.fields(Settings) if f.name != "given"}
     for name in given:
@@ -215,7 +240,7 @@ def resolve(recipe: str = "auto", backbone: str = "auto", **given: Any) -> Setti
         if value is not None
     }  # fmt: skip
     values = {**RECIPES[recipe], **by_hand}
-    settings = Settings(recipe=recipe, given=tuple(sorted(set(by_hand) - set(SHARED))), **values)
+    settings = Settings(recipe=recipe, given=tuple(sorted(set(by_hand) - {*SHARED, "storage"})), **values)
     if settings.steps_min > settings.steps_max:
         raise ValueError(f"steps_min ({settings.steps_min}) must not exceed steps_max ({settings.steps_max}).")
     if "empty_prompt" in (settings.class_encoder_start, settings.unconditional) and (
@@ -260,6 +285,7 @@ def from_notebook(namespace: Mapping[str, Any]) -> Settings:
     assigned in it and in papermill's "# Parameters" cell must be a setting. papermill itself only warns about a
     misspelt ``-p`` name and then runs the default; here it is a ValueError with the nearest right name.
     """
+    errors.one_line_first()
     assigned: list[str] = []
     for source in namespace.get("In", []):
         try:

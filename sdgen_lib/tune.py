@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import optuna
 import pandas as pd
 import torch
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 
 from . import classifier
 from .data import ImageData
+from .storage import FINISHED, Workers, keep, open_study, resume_study, share_study
 
+__all__ = ["FINISHED", "PARAMETERS", "Space", "Workers", "importances", "keep", "open_study", "plan", "resume_study"]
+__all__ += ["search", "share_study", "trials_frame", "value_of"]
 PARAMETERS = ("IS", "UGS", "epoch")
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+POLL_SECONDS = 2.0  # between looks at what other workers do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +66,14 @@ def plan(
     return pruner, sampler
 
 
-def open_study(path: Path, name: str) -> optuna.Study:
-    """The study ``name`` in the journal file ``path``, made if missing: any process may read it while it runs."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress bar says it better
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = JournalStorage(JournalFileBackend(str(path)))
-    return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+class _Surplus(Exception):
+    """A trial that another worker was a moment faster to begin."""
 
 
 def search(
     study: optuna.Study, space: Space, images_of: Callable[[int, float, int], torch.Tensor], labels: torch.Tensor,
     data: ImageData, *, n_trials: int, select_on: str, seed: int, classifier_options: dict, pruning: bool = True,
-    on_trial: Callable[[optuna.Study], None] | None = None,
+    on_trial: Callable[[optuna.Study], None] | None = None, workers: Workers | None = None,
 ) -> optuna.Study:  # fmt: skip
     """Runs the trials that ``study`` still lacks of ``n_trials``; each one generates, trains a ResNet20 and tests it.
 
@@ -86,13 +81,22 @@ def search(
     on real validation images (``select_on`` "val"), or on the test images as published ("test"); the test accuracy is
     recorded beside it either way. The accuracy of every classifier epoch is reported, and with ``pruning`` the trials
     that fall behind are ended. ``on_trial(study)`` is called after each.
+
+    Alone on the study (see `resume_study`) it goes on after a kill to the same trials. With ``workers`` any number of
+    processes call this on one study at the same time, and each returns when all the trials are finished.
     """
     pruner, sampler = plan(n_trials, classifier_options["epochs"], seed)
+    pruner.prune(study, optuna.trial.create_trial(value=0.0))  # from now on it knows its brackets
     if not pruning:
         pruner = optuna.pruners.NopPruner()
 
     def objective(trial: optuna.Trial) -> float:
         start = time.perf_counter()
+        study.sampler = sampler(trial.number)
+        if workers:
+            before = study.get_trials(deepcopy=False)[: trial.number]  # also those that wait to be done again
+            if sum(t.state != TrialState.FAIL for t in before) >= n_trials:
+                raise _Surplus
         steps = trial.suggest_int("IS", *space.IS)
         guidance = trial.suggest_float("UGS", *space.UGS)
         epoch = trial.suggest_int("epoch", *space.epoch)
@@ -120,21 +124,46 @@ def search(
         finish(len(history))
         return best["value"]
 
-    # What a killed process left half done is no result: note it as failed, and run its share again.
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-    done = len(study.get_trials(deepcopy=False, states=FINISHED))
-    with tqdm(total=max(n_trials, done), initial=done, desc=study.study_name, unit="trial") as bar:
-        while done < n_trials:
-            study.pruner, study.sampler = pruner, sampler(done)
-            study.optimize(objective, n_trials=1)
-            done = len(study.get_trials(deepcopy=False, states=FINISHED))
-            bar.update()
-            best = {name: round(value, 2) for name, value in study.best_params.items()}
-            bar.set_postfix({"best": f"{study.best_value:.1%}", **best})
+    def signed(trial: optuna.Trial) -> float:
+        nonlocal failed
+        try:
+            with workers.signed(trial) if workers else contextlib.nullcontext():
+                return objective(trial)
+        except (optuna.TrialPruned, UpdateFinishedTrialError, _Surplus):
+            raise
+        except BaseException:
+            failed = True
+            raise
+
+    if workers is None:  # whoever left these half done is gone
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            study.tell(trial.number, state=TrialState.FAIL)
+    study.pruner, failed = pruner, False
+    with tqdm(total=n_trials, desc=study.study_name, unit="trial") as bar:
+        while True:
+            if workers:
+                workers.revive(study)
+            trials = study.get_trials(deepcopy=False)
+            done = sum(t.state in FINISHED for t in trials)
+            bar.update(done - bar.n)
+            if done >= n_trials:
+                return study
+            waiting = any(t.state == TrialState.WAITING for t in trials)  # to be done again
+            if done + sum(t.state == TrialState.RUNNING for t in trials) >= n_trials and not waiting:
+                time.sleep(POLL_SECONDS)  # the last ones are others' work; should one of them die, it is ours
+                continue
+            failed = False
+            try:
+                study.optimize(signed, n_trials=1, catch=(_Surplus,))
+            except (ValueError, UpdateFinishedTrialError):
+                if failed or workers is None:
+                    raise
+                continue  # it had not been heard of for so long that another worker has taken its trial over
+            if any(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)):
+                best = {name: round(value, 2) for name, value in study.best_params.items()}
+                bar.set_postfix({"best": f"{study.best_value:.1%}", **best})
             if on_trial:
                 on_trial(study)
-    return study
 
 
 def value_of(trial: FrozenTrial) -> float:

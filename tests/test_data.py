@@ -36,9 +36,7 @@ def check_layout(found, size):
         assert 0 <= split.labels.min() and split.labels.max() < found.num_classes
     assert found.image_size == size
     assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", found.slug)
-    assert found.class_counts.tolist() == [
-        int((found.train.labels == c).sum()) for c in range(found.num_classes)
-    ]
+    assert found.class_counts.tolist() == [int((found.train.labels == c).sum()) for c in range(found.num_classes)]
     assert found.class_counts.dtype == torch.int64
 
 
@@ -165,9 +163,7 @@ def test_names():
     found = data.names()
     assert {"digits", "cifar10", "cifar100", "pathmnist", "pathmnist_64", "organsmnist_224"} <= set(found)
     assert not [name for name in found if "chest" in name or "3d" in name]
-    usable = [
-        i for i in medmnist.INFO.values() if "3D" not in i["python_class"] and "multi-label" not in i["task"]
-    ]
+    usable = [i for i in medmnist.INFO.values() if "3D" not in i["python_class"] and "multi-label" not in i["task"]]
     assert len(found) == len(set(found)) == 3 + 4 * len(usable)
 
 
@@ -279,11 +275,29 @@ def test_organ_class_names_are_in_numeric_order(cache, monkeypatch):
     assert data.load("organamnist").class_names[10] == medmnist.INFO["organamnist"]["label"]["10"]
 
 
-def test_damaged_medmnist_file(cache):
-    np.savez(cache / "pathmnist.npz", **arrays())
-    with pytest.raises(ValueError, match=r"pathmnist.npz is damaged: its MD5 is not \w+; delete it"):
+def test_a_damaged_medmnist_file_is_moved_aside_and_fetched_again(cache, monkeypatch):
+    path = place_medmnist(cache, monkeypatch, "pathmnist", side=28)
+    whole, fetched = path.read_bytes(), []
+    path.write_bytes(whole[:-100])  # as a killed download leaves it
+
+    def download(url, root, filename, md5):
+        fetched.append(url)
+        (Path(root) / filename).write_bytes(whole)
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", download)
+    check_layout(data.load("pathmnist"), 28)
+    assert path.with_name("pathmnist.npz.damaged").read_bytes() == whole[:-100] and path.read_bytes() == whole
+    assert len(fetched) == 1 and fetched[0].startswith("https://")
+
+
+def test_what_medmnist_does_not_publish_is_refused(cache, monkeypatch):
+    def download(url, root, filename, md5):
+        np.savez(Path(root) / filename, **arrays())
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", download)
+    message = r"pathmnist.npz is not what MedMNIST publishes: its MD5 is not \w+; delete it"
+    with pytest.raises(ValueError, match=message):
         data.load("pathmnist")
-    assert (cache / "pathmnist.npz").exists()
 
 
 def no_network(url, *args, **kwargs):
@@ -340,8 +354,7 @@ def test_cifar10_through_torchvision(cache, monkeypatch):
     assert found.class_names == tuple(class_names)
     theirs = cls(cache, train=True)
     pixels = {
-        image.transpose(2, 0, 1).tobytes(): label
-        for image, label in zip(theirs.data, theirs.targets, strict=True)
+        image.transpose(2, 0, 1).tobytes(): label for image, label in zip(theirs.data, theirs.targets, strict=True)
     }
     for split in (found.train, found.val):
         for image, label in zip(split.images, split.labels, strict=True):

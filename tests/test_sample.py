@@ -48,20 +48,6 @@ def test_the_batch_size_does_not_matter(generate, whole, batch_size):
     assert gap(generate(batch_size=batch_size), whole) <= 1
 
 
-def test_a_full_memory_makes_the_batches_smaller_and_no_other_images(tiny, generate, whole, monkeypatch, capsys):
-    sizes, predict_noise = [], type(tiny).predict_noise
-
-    def small_card(self, latents, t, context):
-        if len(latents) > 4:  # both halves of guidance: two images
-            raise torch.OutOfMemoryError("full")
-        sizes.append(len(latents))
-        return predict_noise(self, latents, t, context)
-
-    monkeypatch.setattr(type(tiny), "predict_noise", small_card)
-    assert gap(generate(), whole) <= 1
-    assert max(sizes) == 4 and "going on with 2 images at once, not 3" in capsys.readouterr().out
-
-
 def test_resizing_without_antialiasing(generate, whole):
     """16 of 32 pixels: bilinear samples between each two pixels; antialiasing looks further around."""
     expected = whole.float().unflatten(3, (16, 2)).mean(4).unflatten(2, (16, 2)).mean(3)
@@ -129,6 +115,35 @@ def test_progress_is_told(generate, capsys):
     generate(progress="drawing digits")
     shown = capsys.readouterr().err
     assert "drawing digits" in shown and "5/5" in shown
+
+
+class SmallMemory:
+    """A backbone on a GPU that holds ``most`` images at once."""
+
+    def __init__(self, backbone, most):
+        self.backbone, self.most, self.sizes = backbone, most, []
+
+    def __getattr__(self, name):
+        return getattr(self.backbone, name)
+
+    def decode(self, latents):
+        self.sizes.append(len(latents))
+        if len(latents) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return self.backbone.decode(latents)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(3, [4, 2, 2, 1]), (1, [4, 2, 1, 1, 1, 1, 1])])
+def test_a_batch_that_the_gpu_cannot_hold_is_halved(tiny, encoder, whole, most, sizes, capsys):
+    small = SmallMemory(tiny, most)
+    drawn = sample.generate(small, encoder, LABELS, num_inference_steps=4, guidance_scale=2.0, batch_size=4)
+    assert small.sizes == sizes and gap(drawn, whole) <= 1
+    assert "going on with 2 images at once, not 4" in capsys.readouterr().out
+
+
+def test_a_gpu_that_holds_no_image_says_what_to_do(tiny, encoder):
+    with pytest.raises(MemoryError, match="Not even one image fits .* smaller backbone"):
+        sample.generate(SmallMemory(tiny, 0), encoder, LABELS, num_inference_steps=1, guidance_scale=1.0)
 
 
 # --- noise and labels ---

@@ -84,7 +84,8 @@ def test_the_released_recipe_is_what_the_authors_code_does():
 def test_every_fixed_setting_has_a_source():
     """What a recipe for the paper or its code must name: all but the project's own choices."""
     ours = {
-        "dataset", "recipe", "seed", "runs_dir", "given", "precision", "class_encoder_start", "lora_rank", "optimizer",
+        "dataset", "recipe", "seed", "runs_dir", "storage", "given", "precision", "class_encoder_start", "lora_rank",
+        "optimizer",
         "gradient_checkpointing", "keep_unets", "sample_batch_size", "default_steps", "default_guidance",
         "classifier_epoch_images", "classifier_epoch_limit", "classifier_seeds",
     }  # fmt: skip

@@ -90,7 +90,7 @@ def search(study, images_of, digits, n_trials=40, epochs=9, **changes):
 
 def resumed(path):
     """The study in a file, as the process opens it that goes on with the search."""
-    return tune.open_study(path, "step 2")
+    return tune.resume_study(path, "step 2")
 
 
 def records(study):
@@ -152,12 +152,15 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(
     ("n_trials", "stop", "where"),
-    [(16, KeyboardInterrupt, "generating"), (16, Killed, "classifier")],
+    [(16, KeyboardInterrupt, "generating"), (16, Killed, "classifier"), (42, Killed, "classifier"),
+     (42, KeyboardInterrupt, "classifier"), (42, Killed, "generating")],
 )
 def test_a_stopped_search_goes_on_as_an_unbroken_one(tmp_path, formula, digits, monkeypatch, n_trials, stop, where):
     """Killed, or interrupted by the user, twice; each time a new process goes on."""
     images_of, state = formula
-    expected = records(search(tune.open_study(tmp_path / "whole.log", "step 2"), images_of, digits, n_trials))
+    whole = search(tune.open_study(tmp_path / "whole.log", "step 2"), images_of, digits, n_trials, epochs=27)
+    expected = records(whole)
+    assert whole.pruner._n_brackets == (2 if n_trials > 39 else 1)
     train_classifier, begun, stops = classifier.train_classifier, [], [9, 12]  # stops in these trials or later
 
     def stop_now(place):
@@ -181,7 +184,7 @@ def test_a_stopped_search_goes_on_as_an_unbroken_one(tmp_path, formula, digits, 
     monkeypatch.setattr(classifier, "train_classifier", train_or_stop)
     for _ in range(3):
         try:
-            search(resumed(tmp_path / "stopped.log"), images_or_stop, digits, n_trials)
+            search(resumed(tmp_path / "stopped.log"), images_or_stop, digits, n_trials, epochs=27)
         except stop:
             continue
     found = records(tune.open_study(tmp_path / "stopped.log", "step 2"))

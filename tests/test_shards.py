@@ -1,0 +1,177 @@
+"""A set is the same set whatever the number of ranks, and making a larger one takes no more memory."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sdgen_lib import runs, shards
+from sdgen_lib.settings import resolve
+from tests import soak
+
+ROOT = Path(__file__).parents[1]
+LABELS, POINT = torch.arange(23) % 3, {"IS": 3, "UGS": 1.5}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    run = runs.Run(resolve(recipe="demo", backbone="tiny", runs_dir=str(tmp_path)), "digits")
+    return run.folder("5_datasets")
+
+
+class Painter:
+    """Pictures that tell their label, their index in the set and the batch they were drawn in."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def __call__(self, labels, first):
+        self.drawn.append((first, len(labels)))
+        images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+        images[:, 0], images[:, 2] = labels.view(-1, 1, 1), len(labels)
+        images[:, 1] = torch.arange(first, first + len(labels)).view(-1, 1, 1)
+        return images
+
+
+def make(path, painter, point=POINT, **options):
+    shards.make_block(path, painter, LABELS, point, first_index=100, batch_size=4, **options)
+
+
+def test_a_block_is_drawn_batch_by_batch(folder):
+    painter = Painter()
+    make(folder / "block_02.npz", painter)
+    assert painter.drawn == [(100, 4), (104, 4), (108, 4), (112, 4), (116, 4), (120, 3)]
+    images = shards.load_images(folder / "block_02.npz")
+    assert images.dtype == torch.uint8 and images.shape == (23, 3, 8, 8)
+    assert images[:, 0, 0, 0].tolist() == LABELS.tolist()
+    assert images[:, 1, 0, 0].tolist() == list(range(100, 123))
+    with np.load(folder / "block_02.npz", allow_pickle=False) as file:
+        np.savez(folder.parent / "numpys.npz", images=file["images"], labels=file["labels"])
+        assert (folder.parent / "numpys.npz").read_bytes() == (folder / "block_02.npz").read_bytes()
+        assert file["labels"].tolist() == LABELS.tolist()
+    assert sorted(p.name for p in folder.iterdir()) == ["block_02.json", "block_02.npz"]
+    make(folder / "block_02.npz", painter)
+    assert len(painter.drawn) == 6  # it is there
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6, 9])
+def test_ranks_share_a_block(folder, ranks):
+    """One after the other, the first one at last, which is where it waits for the others."""
+    alone, painters = Painter(), [Painter() for _ in range(ranks)]
+    make(folder / "alone.npz", alone)
+    runs.save_json(folder / "shared.json", POINT)
+    for rank in reversed(range(ranks)):
+        make(folder / "shared.npz", painters[rank], rank=rank, ranks=ranks)
+    assert (folder / "shared.npz").read_bytes() == (folder / "alone.npz").read_bytes()
+    drawn = [batch for painter in painters for batch in painter.drawn]
+    assert sorted(drawn) == alone.drawn
+    counts = [len(painter.drawn) for painter in painters]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_block_goes_on_where_it_was_stopped(folder):
+    class Stop(BaseException):
+        pass
+
+    def stopping(labels, first):
+        if first == 112:
+            raise Stop
+        return Painter()(labels, first)
+
+    with pytest.raises(Stop):
+        make(folder / "block_01.npz", stopping)
+    rest, alone = Painter(), Painter()
+    make(folder / "block_01.npz", rest)
+    make(folder / "alone.npz", alone)
+    assert rest.drawn == alone.drawn[3:]
+    assert (folder / "block_01.npz").read_bytes() == (folder / "alone.npz").read_bytes()
+
+
+def test_a_damaged_shard_is_drawn_again_and_nothing_of_another_point_is_kept(folder):
+    def stopping(labels, first):
+        if first == 112:
+            raise KeyboardInterrupt
+        return Painter()(labels, first)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(folder / "block_01.npz", stopping)
+    shard = folder / "block_01_00001.npz"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    painter = Painter()
+    make(folder / "block_01.npz", painter)
+    assert [first for first, _ in painter.drawn] == [104, 112, 116, 120]
+    moved = Painter()
+    with pytest.raises(KeyboardInterrupt):
+        make(folder / "block_01.npz", stopping, point={"IS": 4})
+    make(folder / "block_01.npz", moved, point={"IS": 5})
+    assert len(moved.drawn) == 6 and runs.load_json(folder / "block_01.json") == {"IS": 5}
+
+
+# --- processes ---
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(*words, cwd):
+    result = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=cwd, env=ENVIRONMENT, capture_output=True,
+                            text=True, timeout=900)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_two_processes_makes_the_set_of_one(tmp_path):
+    soak.write_dataset(tmp_path / "small.npz")
+    given = {**soak.SMALL, "dataset": str(tmp_path / "small.npz"), "runs_dir": str(tmp_path / "runs")}
+    parameters = [word for name, value in given.items() for word in ("-p", name, value)]
+    said = command("sdgen_lib.shards", *parameters, "--blocks", 2, cwd=tmp_path)
+    assert "holds the blocks" in said
+    (run,) = (tmp_path / "runs").glob("*/*/")
+    one = {path.name: path.read_bytes() for path in (run / "5_datasets").iterdir()}
+    assert set(one) == {f"block_0{k}.{kind}" for k in (1, 2) for kind in ("npz", "json")}
+    shutil.rmtree(run / "5_datasets")
+    launch = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0)  # fmt: skip
+    said = command(*launch, "-m", "sdgen_lib.shards", *parameters, "--blocks", 2, cwd=tmp_path)
+    assert said.count("holds the blocks, made by 2 processes") == 1  # one of them says so
+    assert {path.name: path.read_bytes() for path in (run / "5_datasets").iterdir()} == one
+
+
+MEMORY = """
+import json, os, resource, sys
+from pathlib import Path
+import torch
+from sdgen_lib import runs, shards
+from sdgen_lib.settings import resolve
+
+peaks = []
+for blocks in (1, 1, 4, 10):  # the first also pays for what is imported late
+    read, write = os.pipe()
+    if os.fork() == 0:
+        run = runs.Run(resolve(recipe="demo", backbone="tiny", runs_dir=f"{sys.argv[1]}/{len(peaks)}"), "digits")
+        draw = lambda labels, first: torch.full((len(labels), 3, 64, 64), first % 251, dtype=torch.uint8)
+        for block in range(blocks):
+            path = run.folder("5_datasets") / f"block_{block:02d}.npz"
+            shards.make_block(path, draw, torch.zeros(2000, dtype=torch.int64), {}, first_index=0, batch_size=500)
+        os.write(write, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss).encode())
+        os._exit(0)
+    os.wait()
+    peaks.append(int(os.read(read, 100)))
+print(json.dumps(peaks))
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_while_a_larger_set_is_made(tmp_path):
+    """A block is 25 MB here: ten of them kept would nearly double what the whole process takes."""
+    result = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], env=ENVIRONMENT, capture_output=True,
+                            text=True, cwd=tmp_path, timeout=600)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    _, one, four, ten = json.loads(result.stdout)
+    assert max(four, ten) < 1.1 * one

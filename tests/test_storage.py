@@ -1,0 +1,296 @@
+"""One search by many processes, on a journal, SQLite and PostgreSQL: none lost, none twice, the dead ones' redone."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from sdgen_lib import classifier, data, storage, tune
+
+SPACE = tune.Space((5, 20), (0.0, 7.5), (1, 4))
+SETTINGS = {"num_images": 100, "space": [[5, 20], [0.0, 7.5], [1, 4]]}
+
+
+# --- a server ---
+
+
+def postgresql_programs() -> Path | None:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return found[-1].parent if found else None
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory):
+    """The URL of a PostgreSQL server of our own, with an empty database; gone afterwards."""
+    programs = postgresql_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    if not any(importlib.util.find_spec(driver) for driver in ("psycopg", "psycopg2")):
+        pytest.skip("no driver for PostgreSQL (pip install 'psycopg[binary]')")
+    with contextlib.ExitStack() as stack:
+        folder = Path("/tmp") / f"sdgen-postgresql-{os.getpid()}"  # a socket's path must be short
+        folder.mkdir()
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        user = {}
+        if os.geteuid() == 0:  # the server refuses to run as root
+            shutil.chown(folder, "postgres", "postgres")
+            user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+
+        def run(*command):
+            subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, **user)
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        run(programs / "initdb", "-D", folder / "db", "-A", "trust", "-U", "sdgen", "--no-sync")
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+        run(programs / "pg_ctl", "-D", folder / "db", "-w", "-o", options, "-l", folder / "log", "start")
+        stack.callback(run, programs / "pg_ctl", "-D", folder / "db", "-m", "immediate", "stop")
+        driver = "psycopg" if importlib.util.find_spec("psycopg") else "psycopg2"
+        yield f"postgresql+{driver}://sdgen@127.0.0.1:{port}/postgres"
+
+
+@pytest.fixture
+def grpc_proxy(tmp_path):
+    """The URL of Optuna's gRPC proxy in front of an SQLite file."""
+    if importlib.util.find_spec("grpc") is None:
+        pytest.skip("no gRPC (pip install grpcio protobuf)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = ("import optuna, sys; optuna.storages.run_grpc_proxy_server("
+             "optuna.storages.RDBStorage(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))")  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    server = subprocess.Popen([sys.executable, "-c", serve, f"sqlite:///{tmp_path / 'behind.db'}", str(port)],
+                              env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.2)
+        yield f"grpc://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(params=["journal", "sqlite", "postgresql", "grpc"])
+def shared(request, tmp_path, monkeypatch):
+    """A ``storage`` parameter of each kind; workers are missed after seconds, not minutes."""
+    monkeypatch.setattr(storage, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(storage, "GRACE_SECONDS", 8)
+    monkeypatch.setattr(tune, "POLL_SECONDS", 0.2)
+    if request.param in ("postgresql", "grpc"):
+        return request.getfixturevalue({"grpc": "grpc_proxy"}.get(request.param, request.param))
+    return str(tmp_path / "search.log") if request.param == "journal" else f"sqlite:///{tmp_path / 'search.db'}"
+
+
+# --- workers ---
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits:100", image_size=8)
+
+
+@pytest.fixture
+def formula(monkeypatch):
+    """In place of a classifier: an accuracy that is highest at UGS 2 and grows with the epochs."""
+
+    def train_classifier(images, labels, val, num_classes, *, epochs, seed, on_epoch):
+        history = []
+        for epoch in range(1, epochs + 1):
+            history.append(math.exp(-((float(images[1]) - 2) ** 2) / 4) * epoch / epochs)
+            on_epoch(epoch, history[-1], history[-1])
+        return None, history
+
+    monkeypatch.setattr(classifier, "train_classifier", train_classifier)
+    monkeypatch.setattr(classifier, "accuracy", lambda model, split: model / 2)
+
+
+def start_worker(where, name, digits, begun: Path, n_trials: int, dies_in: int | None) -> int:
+    """A process that takes part in the search; it dies by SIGKILL in its ``dies_in``-th trial. Its id."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        trials = 0
+
+        def images_of(*point):
+            nonlocal trials
+            trials += 1
+            with open(begun, "a") as file:
+                file.write(json.dumps([os.getpid(), *point]) + "\n")
+            if trials == dies_in:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.05)
+            return torch.tensor(point, dtype=torch.float64)
+
+        study = tune.share_study(where, name, SETTINGS)
+        with tune.Workers(where) as workers:
+            tune.search(study, SPACE, images_of, digits.train.labels, digits, n_trials=n_trials, select_on="val",
+                        seed=0, classifier_options={"epochs": 3}, workers=workers)  # fmt: skip
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_workers_share_a_search_and_take_over_a_dead_ones_trial(shared, count, digits, formula, tmp_path):
+    begun, n_trials = tmp_path / "begun", 14
+    workers = [start_worker(shared, f"run {count}: step 2", digits, begun, n_trials, 2 if k == 0 else None)
+               for k in range(count)]  # fmt: skip
+    ended = [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers]
+    assert ended == [-signal.SIGKILL] + [0] * (count - 1)
+    study = tune.share_study(shared, f"run {count}: step 2", SETTINGS)
+    trials = study.get_trials(deepcopy=False)
+    finished = [t for t in trials if t.state in tune.FINISHED]
+    assert len(finished) == n_trials and not any(t.state in (TrialState.RUNNING, TrialState.WAITING) for t in trials)
+    points = [tuple(t.params[p] for p in tune.PARAMETERS) for t in finished]
+    assert len(set(points)) == n_trials  # none twice, and the workers draw different ones
+    works = [json.loads(line) for line in begun.read_text().splitlines()]
+    assert len(works) == n_trials + 1 and len({pid for pid, *_ in works}) == count
+    dead = [tuple(point) for pid, *point in works if pid == workers[0]]
+    assert len(dead) == 2 and sum(tuple(point) == dead[1] for _, *point in works) == 2  # the last of them, again
+    (again,) = [t for t in finished if "retry_of" in t.user_attrs]
+    assert tuple(again.params[p] for p in tune.PARAMETERS) == dead[1]
+    assert trials[again.user_attrs["retry_of"]].state == TrialState.FAIL
+
+
+def test_a_worker_taken_for_dead_goes_on_with_the_next_trial(digits, formula, tmp_path):
+    """It was only slow: what it was doing is another's now, and its own result is dropped."""
+    where, taken = str(tmp_path / "search.log"), []
+    study = tune.share_study(where, "slow: step 2", SETTINGS)
+
+    def images_of(*point):
+        if not taken:
+            (mine,) = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.RUNNING]
+            other = tune.share_study(where, "slow: step 2", SETTINGS)
+            other.tell(mine.number, state=TrialState.FAIL)
+            taken.append(mine.number)
+        return torch.tensor(point, dtype=torch.float64)
+
+    with tune.Workers(where) as workers:
+        tune.search(study, SPACE, images_of, digits.train.labels, digits, n_trials=3, select_on="val", seed=0,
+                    classifier_options={"epochs": 2}, workers=workers)  # fmt: skip
+    assert [t.state in tune.FINISHED for t in study.trials] == [False, True, True, True] and taken == [0]
+
+
+def test_an_error_of_a_trial_is_not_taken_for_that(digits, formula, tmp_path):
+    def images_of(*point):
+        raise ValueError("no images")
+
+    where = str(tmp_path / "search.log")
+    with tune.Workers(where) as workers, pytest.raises(ValueError, match="no images"):
+        study = tune.share_study(where, "broken", SETTINGS)
+        tune.search(study, SPACE, images_of, digits.train.labels, digits, n_trials=3, select_on="val", seed=0,
+                    classifier_options={"epochs": 2}, workers=workers)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_run_folder_keeps_a_copy(shared, digits, formula, tmp_path):
+    """With which it can be read where the storage cannot be reached."""
+    os.waitpid(start_worker(shared, "digits/tiny: step 2", digits, tmp_path / "begun", 5, None), 0)
+    study = tune.share_study(shared, "digits/tiny: step 2", SETTINGS)
+    kept = tune.keep(study, tmp_path / "2_tune" / "journal.log")
+    read = tune.open_study(tmp_path / "2_tune" / "journal.log", "step 2")
+    for copy in (kept, read, tune.keep(study, tmp_path / "2_tune" / "journal.log")):
+        assert tune.trials_frame(copy).equals(tune.trials_frame(study)) and copy.best_params == study.best_params
+
+
+def test_a_study_of_other_settings_is_refused(shared):
+    tune.share_study(shared, "other: step 2", SETTINGS)
+    tune.share_study(shared, "other: step 2", SETTINGS)
+    with pytest.raises(ValueError, match="'other: step 2' begun with other values of num_images: give another storage"):
+        tune.share_study(shared, "other: step 2", {**SETTINGS, "num_images": 4000})
+
+
+# --- what cannot be opened ---
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql+psycopg://me:secret@127.0.0.1:1/none", "nosuchdb://me:secret@host/x", "sqlite:////proc/no/such.db",
+     "://", "sqlite://me:secret@host/x", "mysql+nosuchdriver://me:secret@localhost/x"],
+)  # fmt: skip
+def test_a_storage_that_cannot_be_opened(url):
+    with pytest.raises(ValueError, match="^storage .* cannot be opened .*: give an Optuna URL such as") as error:
+        tune.open_study(url, "step 2")
+    assert "secret" not in str(error.value) and "\n" not in str(error.value)
+
+
+# --- the journal ---
+
+
+def finished_of(study):
+    return [(t.number, t.params, t.value) for t in study.get_trials(deepcopy=False)]
+
+
+def with_trials(path, count):
+    study = tune.open_study(path, "step 2")
+    study.sampler = optuna.samplers.RandomSampler(seed=0)
+    study.optimize(lambda trial: trial.suggest_float("UGS", 0, 7.5), n_trials=count)
+    return study
+
+
+def test_reading_a_journal_writes_nothing(tmp_path):
+    with_trials(tmp_path / "journal.log", 2)
+    before = (tmp_path / "journal.log").read_bytes()
+    assert len(tune.open_study(tmp_path / "journal.log", "step 2").trials) == 2
+    assert (tmp_path / "journal.log").read_bytes() == before
+
+
+@pytest.mark.parametrize("writer", ["the next append", "resume"])
+def test_a_half_written_line_is_cut_off(tmp_path, writer):
+    path = tmp_path / "journal.log"
+    expected = finished_of(with_trials(path, 3))
+    with open(path, "ab") as file:
+        file.write(b'{"op_code":6,"worker_id":"x","trial_')
+    study = tune.open_study(path, "step 2") if writer == "the next append" else tune.resume_study(path, "step 2")
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    found = finished_of(tune.open_study(path, "step 2"))
+    assert found[:3] == expected and found[3] == (3, {}, 0.5)
+    assert not path.with_name("journal.log.damaged").exists()
+
+
+def test_what_follows_a_damaged_line_is_done_again(tmp_path, capsys):
+    path = tmp_path / "journal.log"
+    expected = finished_of(with_trials(path, 4))
+    lines = path.read_bytes().splitlines(keepends=True)
+    begun = [k for k, line in enumerate(lines) if b'"op_code":4' in line]  # where each trial begins
+    assert len(begun) == 4
+    lines[begun[2] + 1] = b"\x00" * 40 + b"\n"
+    path.write_bytes(b"".join(lines))
+    assert finished_of(tune.resume_study(path, "step 2")) == expected[:2]
+    assert "journal.log is damaged" in capsys.readouterr().out
+    assert path.with_name("journal.log.damaged").read_bytes() == b"".join(lines)
+
+
+def test_other_settings_begin_a_new_journal(tmp_path):
+    path = tmp_path / "journal.log"
+    tune.resume_study(path, "step 2", SETTINGS)
+    with_trials(path, 2)
+    assert len(tune.resume_study(path, "step 2", SETTINGS).trials) == 2
+    stale = tune.open_study(path, "step 2").ask()
+    assert stale.number == 2
+    assert len(tune.resume_study(path, "step 2", SETTINGS).trials) == 2  # the copy keeps what it is of
+    assert len(tune.resume_study(path, "step 2", {**SETTINGS, "num_images": 5}).trials) == 0
