@@ -101,6 +101,7 @@ class Course:
 
         ``None`` is the pretrained UNet. Returns the Class-Encoder, frozen.
         """
+        self._loaded = None  # whatever `draw` had loaded is replaced
         encoder = self.new_class_encoder()
         encoder.load_state_dict(runs.load_tensors(train.checkpoint_path(self.run.folder("1_transfer"), transfer_epoch)))
         pretrained = self._pretrained
