@@ -25,17 +25,17 @@ UNKNOWN = "see where it came from"
 LOADING = {
     "folder": """from torchvision.datasets import ImageFolder
 
-train = ImageFolder("{out}/train")""",
+train = ImageFolder("./{out}/train")""",
     "npz": """import numpy as np
 
-with np.load("{out}/{slug}.npz", allow_pickle=False) as file:
+with np.load("./{out}/{slug}.npz", allow_pickle=False) as file:
     train_images, train_labels = file["train_images"], file["train_labels"]""",
     "parquet": """from datasets import load_dataset
 
-train = load_dataset("{out}", split="train")""",
+train = load_dataset("./{out}", split="train")""",
     "generator": """import sdgen_lib
 
-generator = sdgen_lib.load("{out}")
+generator = sdgen_lib.load("./{out}")
 images = generator([0, 1, 2], num_inference_steps={IS}, guidance_scale={UGS:.2f})  # uint8 (3, 3, H, W)""",
 }
 
