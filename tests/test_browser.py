@@ -30,8 +30,8 @@ SETTINGS = {
 }
 # What the page knows about the open notebook: [cells that ran, code cells, is the kernel idle, errors].
 STATE = """() => {
-  const panel = window.jupyterapp.shell.currentWidget;
-  if (!panel?.content?.model) return null;
+  const panel = window.jupyterapp?.shell?.currentWidget;
+  if (!panel?.content?.model?.cells) return null;  // not yet
   const cells = [...panel.content.model.cells].filter(cell => cell.type === 'code').map(cell => cell.toJSON());
   const errors = cells.flatMap(cell => cell.outputs.filter(o => o.output_type === 'error').map(o => o.evalue));
   const kernel = panel.sessionContext.session?.kernel;
@@ -112,7 +112,7 @@ def page(browser):
 def run_all(page, address: str, timeout: float = 900) -> None:
     """Opens a notebook, chooses "Run All Cells" in the menu and waits for the last cell; fails on an error output."""
     page.goto(address)
-    page.wait_for_function(f"() => {{ const state = ({STATE})(); return state && state[1] > 3 && state[2]; }}")
+    page.wait_for_function(f"() => {{ const now = ({STATE})(); return now && now[1] > 3 && now[2]; }}")  # idle, unrun
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
     deadline = time.monotonic() + timeout
@@ -215,6 +215,7 @@ def screenshot(page, path: str) -> None:
     """The whole chapter, however long, without the side bar."""
     page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
     height = page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollHeight")
-    page.set_viewport_size({"width": 1280, "height": min(height + 120, 16_000)})
+    page.set_viewport_size({"width": 1280, "height": min(height + 100, 16_000)})
+    page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollTo(0, 0)")
     page.wait_for_timeout(500)
     page.screenshot(path=path)
