@@ -106,18 +106,29 @@ class Course:
                                   ("3_finetune", self.finetune, finetune_epoch)):  # fmt: skip
             if epoch and not runs.is_whole(train.checkpoint_path(self.run.folder(step), epoch)):
                 redo()
+        was, self._loaded = self._loaded, None  # until all of it is in place
         encoder = self.new_class_encoder()
         encoder.load_state_dict(runs.load_tensors(train.checkpoint_path(self.run.folder("1_transfer"), transfer_epoch)))
-        if self._loaded is None or self._loaded[1] != finetune_epoch:
-            path = train.checkpoint_path(self.run.folder("3_finetune"), finetune_epoch) if finetune_epoch else None
-            if path and not path.exists():
-                raise FileNotFoundError(
-                    f"{path} is gone (keep_unets='used' deletes what no table needs): delete {path.parent} and the "
-                    "steps after it, and they are made again."
-                )
-            self.backbone.set_unet(path and runs.load_tensors(path))
+        if was is None or was[1] != finetune_epoch:
+            self.backbone.set_unet(self.unet_weights(finetune_epoch))
         self._loaded = (transfer_epoch, finetune_epoch)
         return encoder.requires_grad_(False).eval()
+
+    def reset(self) -> None:
+        """For who changes the backbone's weights by hand: the next `use` or `draw` loads them anew."""
+        self._loaded = None
+
+    def unet_weights(self, finetune_epoch: int | None) -> dict[str, torch.Tensor] | None:
+        """A checkpoint of step 3, for `Backbone.set_unet`; ``None``, the pretrained UNet, for None."""
+        if finetune_epoch is None:
+            return None
+        path = train.checkpoint_path(self.run.folder("3_finetune"), finetune_epoch)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is gone (keep_unets='used' deletes what no table needs): delete {path.parent} and the "
+                "steps after it, and they are made again."
+            )
+        return runs.load_tensors(path)
 
     def draw(
         self,
@@ -370,13 +381,17 @@ class Course:
         real = self.data.train.labels.sort().values
         return balanced_labels(len(real), self.data.num_classes) if self.settings.class_mix == "balanced" else real
 
+    def block_point(self) -> dict[str, Any]:
+        """Where the synthetic set samples, and with which class mix: what a block is noted to be of."""
+        return {**self.point("after 4"), "class_mix": self.settings.class_mix}
+
     def make_block(self, block: int, rank: int = 0, ranks: int = 1, wait=lambda: None, progress=None) -> Path:
         """The file of block ``block`` (1, 2, .., 0 for one apart) of the synthetic set, made if missing.
 
         See `shards.make_block`.
         """
         path, labels = self.run.folder("5_datasets") / f"block_{block:02d}.npz", self._labels()
-        point = {**self.point("after 4"), "class_mix": self.settings.class_mix}
+        point = self.block_point()
         set_name, first_index = ("synthetic", (block - 1) * len(labels)) if block else ("synthetic x1", 0)
         shards.make_block(
             path, lambda labels, first: self.draw(point, labels, set_name, first), labels, point,

@@ -29,7 +29,8 @@ BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#
 LABELS = {"IS": "IS (inference steps)", "UGS": "UGS (guidance scale)", "epoch": "epoch of the checkpoint"}
 
 
-def _axes(*shape: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+def new_axes(*shape: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """A figure in the course's style and its axes, as `plt.subplots`; size in inches."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(*shape, figsize=size, layout="constrained")
     plt.close(figure)  # shown once, by the cell that returns it
@@ -50,7 +51,7 @@ def image_grid(
     columns = max(len(row) for row in rows)
     left = 0.09 * max(len(str(name)) for name in row_names) + 0.1
     size = (left + scale * columns, scale * len(rows) + (0.28 if len(column_names) else 0) + (0.3 if title else 0))
-    figure, axes = _axes(len(rows), columns, size=size)
+    figure, axes = new_axes(len(rows), columns, size=size)
     axes = np.array(axes).reshape(len(rows), columns)
     for row_axes, row, name in zip(axes, rows, row_names):
         for ax in row_axes:
@@ -101,7 +102,7 @@ def real_beside_synthetic(real, synthetic, class_names: Sequence[str], per_class
 
 def loss_curve(history: pd.DataFrame, title: str) -> Figure:
     """The loss of every epoch, in training and on held-out images with the right, a wrong and no label."""
-    figure, ax = _axes(size=(8.0, 3.4))
+    figure, ax = new_axes(size=(8.0, 3.4))
     styles = {
         "train": (GREY, ":", "training images"),
         "wrong": (ORANGE, "--", "held out, wrong label"),
@@ -123,7 +124,7 @@ def _cas_axis(ax) -> None:
 def trials(study: optuna.Study, title: str = "") -> Figure:
     """Each trial as a point: IS against UGS, coloured by accuracy (pruned ones as crosses), and the best so far."""
     frame = tune.trials_frame(study)
-    figure, (left, right) = _axes(1, 2, size=(9.2, 3.4))
+    figure, (left, right) = new_axes(1, 2, size=(9.2, 3.4))
     low, high = frame.value.min(), max(frame.value.max(), frame.value.min() + 1e-6)
     for pruned, marker in ((False, "o"), (True, "X")):
         part = frame[frame.pruned == pruned]
@@ -161,10 +162,34 @@ def trials(study: optuna.Study, title: str = "") -> Figure:
     return figure
 
 
+PANELS = (("IS", "UGS"), ("epoch", "value"))  # of `trials_by_parameter`, (x, y) each
+
+
+def trials_by_parameter(frame: pd.DataFrame, chosen: int | None = None) -> Figure:
+    """All four numbers of each trial (rows of `tune.trials_frame`): IS and UGS, epoch and CAS; ``chosen`` is ringed."""
+    figure, axes = new_axes(1, 2, size=(9.2, 3.4))
+    low, high = 100 * frame.value.min(), 100 * max(frame.value.max(), frame.value.min() + 1e-6)
+    for ax, (x, y) in zip(axes, PANELS):
+        for pruned, marker in ((False, "o"), (True, "X")):
+            part = frame[frame.pruned == pruned]
+            if len(part):
+                name = "pruned" if pruned else "complete"
+                dots = ax.scatter(part[x], part[y], c=100 * part.value, vmin=low, vmax=high, marker=marker, s=70,
+                                  cmap="viridis", edgecolor="white", label=name)  # fmt: skip
+        if chosen is not None:
+            ax.scatter(frame.loc[chosen, x], frame.loc[chosen, y], s=220, facecolor="none", edgecolor=ORANGE, lw=2)
+        ax.set(xlabel=LABELS[x], ylabel=LABELS.get(y, "CAS (real images of the search)"))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend(fontsize=8)
+    _cas_axis(axes[1])
+    figure.colorbar(dots, ax=axes, label="CAS (%)")
+    return figure
+
+
 def slices(study: optuna.Study) -> Figure:
     """Accuracy against each parameter on its own: where the good trials lie."""
     frame = tune.trials_frame(study)
-    figure, axes = _axes(1, 3, size=(9.6, 3.0))
+    figure, axes = new_axes(1, 3, size=(9.6, 3.0))
     for ax, name in zip(axes, tune.PARAMETERS):
         for pruned, colour, label in ((False, BLUE, "complete"), (True, GREY, "pruned")):
             part = frame[frame.pruned == pruned]
@@ -181,7 +206,7 @@ def slices(study: optuna.Study) -> Figure:
 def contour(study: optuna.Study, x: str = "IS", y: str = "UGS") -> Figure:
     """Accuracy over two parameters, interpolated between the trials (linear on triangles)."""
     frame = tune.trials_frame(study)
-    figure, ax = _axes(size=(5.6, 3.8))
+    figure, ax = new_axes(size=(5.6, 3.8))
     points = frame.groupby([x, y], as_index=False).value.max()
     if len(points) >= 4 and points[x].nunique() > 1 and points[y].nunique() > 1:
         filled = ax.tricontourf(points[x], points[y], 100 * points.value, levels=10, cmap="viridis")
@@ -194,7 +219,7 @@ def contour(study: optuna.Study, x: str = "IS", y: str = "UGS") -> Figure:
 
 def importance_bars(ours: pd.DataFrame, published: pd.DataFrame = paper.IMPORTANCES) -> Figure:
     """fANOVA importances: our searches (rows of ``ours``) and the mean of the released ones, step by step."""
-    figure, ax = _axes(size=(7.6, 3.4))
+    figure, ax = new_axes(size=(7.6, 3.4))
     bars = {f"ours, {name}": row for name, row in ours.iterrows()}
     for step in (2, 4):
         bars[f"published, mean of step {step}"] = published.xs(step, level="step").mean()
@@ -207,6 +232,26 @@ def importance_bars(ours: pd.DataFrame, published: pd.DataFrame = paper.IMPORTAN
     ax.invert_yaxis()
     ax.set(xlabel="share of the variance of the accuracy (fANOVA)", xlim=(0, 1))
     ax.legend(fontsize=8)
+    return figure
+
+
+def confusions(matrices: dict[str, np.ndarray], class_names: Sequence[str]) -> Figure:
+    """Confusion matrices (C, C) side by side, by their title: rows the true class; the shade is the row's share."""
+    count = len(class_names)
+    side = 0.34 * count + 1.4
+    figure, axes = new_axes(1, len(matrices), size=(side * len(matrices), side))
+    for ax, (title, matrix) in zip(np.atleast_1d(axes), matrices.items()):
+        share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for true, said in zip(*matrix.nonzero()):
+            ink = "white" if share[true, said] > 0.5 else "black"
+            ax.text(said, true, matrix[true, said], ha="center", va="center", fontsize=8, color=ink)
+        names = [name if len(name) < 14 else name[:12] + ".." for name in class_names]
+        ax.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
+        ax.set_yticks(range(count), names, fontsize=8)
+        ax.set_title(title, fontsize=10)
+        ax.set(xlabel="predicted class", ylabel="true class")
+        ax.grid(False)
     return figure
 
 
@@ -258,7 +303,7 @@ def table_2(run_path: Path, dataset: str) -> pd.DataFrame:
 def steps_figure(run_path: Path, chance: float) -> Figure:
     """CAS after each step, a dot for every classifier, with chance level."""
     rows = runs.load_json(Path(run_path) / "table_1.json", {})
-    figure, ax = _axes(size=(6.4, 3.4))
+    figure, ax = new_axes(size=(6.4, 3.4))
     names = sorted(rows)
     ax.plot(names, [np.mean(rows[n]["test"]) for n in names], "-o", color=BLUE)
     for name in names:
@@ -274,7 +319,7 @@ def scaling_figure(run_path: Path) -> Figure:
     """Accuracy against the size of the synthetic set, beside real data; bars and band are the seeds' spread."""
     rows = runs.load_json(Path(run_path) / "table_2.json", {})
     real, names = rows["real"]["test"], [n for n in rows if n != "real"]
-    figure, ax = _axes(size=(6.4, 3.4))
+    figure, ax = new_axes(size=(6.4, 3.4))
     ax.axhline(np.mean(real), color=GREEN, label="trained on real images")
     ax.axhspan(np.min(real), np.max(real), color=GREEN, alpha=0.15)
     means = np.array([np.mean(rows[n]["test"]) for n in names])

@@ -26,11 +26,13 @@ from .files import (
     save_json,
     save_tensors,
     whole_file,
+    whole_folder,
 )
 from .settings import Settings, shown
 
 __all__ = ["DamagedFile", "discard", "forget_checksum", "is_whole", "load_json", "load_tensors", "note_checksum"]
-__all__ += ["save_json", "save_tensors", "whole_file", "Run", "STEP_FIELDS", "default_runs_dir", "one_at_a_time"]
+__all__ += ["save_json", "save_tensors", "whole_file", "whole_folder", "Run", "STEP_FIELDS", "default_runs_dir"]
+__all__ += ["one_at_a_time"]
 
 VERSIONS = ("torch", "diffusers", "transformers", "optuna", "numpy")
 

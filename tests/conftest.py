@@ -12,6 +12,10 @@ from sdgen_lib import backbone, classifier, cost, settings
 from sdgen_lib import course as courses
 
 
+def pytest_addoption(parser):
+    parser.addoption("--screenshots", metavar="DIR", help="leave pictures of the chapters in JupyterLab there")
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The shipped tiny model on the CPU in float32: tests compare to rounding."""

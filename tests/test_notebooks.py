@@ -49,10 +49,34 @@ def test_contract(path):
     exec(tagged[0].source, values)  # literal defaults, and None for the recipe's value
     assert [values[n] for n in SHARED] == ["digits", "auto", "auto", 0, None]
     assert all(values[n] is None for n in names[5:])
-    assert "learnt" in cells[-1].source and "## Try" in cells[-1].source
+    at = next(i for i, c in enumerate(cells) if "## Try" in c.source)
+    closing, heading, *solutions = cells[at:]
+    assert "learnt" in closing.source and heading.source.startswith("## Solutions") and len(solutions) >= 2
+    for cell in solutions:  # run as all others are, but folded
+        number = re.match(r"# Solution to exercise (\d)\n", cell.source)[1]
+        assert f"\n{number}. " in closing.source and cell.metadata["tags"] == ["solution"]
+        assert cell.metadata["jupyter"] == {"source_hidden": True, "outputs_hidden": True}
     if path != NOTEBOOKS[-1]:
         following = NOTEBOOKS[NOTEBOOKS.index(path) + 1].name
-        assert f"({following})" in cells[-1].source
+        assert f"({following})" in closing.source
+    assert any("diagrams.method(" in c.source for c in cells)
+
+
+def test_links_between_the_texts_lead_somewhere():
+    texts = {path: "".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+             for path in NOTEBOOKS}  # fmt: skip
+    texts |= {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "notebooks/glossary.md")}
+    links = [(path, link) for path, text in texts.items() for link in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
+    assert sum(link == "glossary.md" for _, link in links) == len(NOTEBOOKS)
+    assert [(path.name, link) for path, link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_glossary_is_sorted_and_its_references_exist():
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", (ROOT / "notebooks/glossary.md").read_text(encoding="utf-8"), re.M)[1:]
+    words = [word for word, _ in rows]
+    assert words == sorted(words, key=str.casefold) and {"CAS", "IS", "UGS", "CFG", "fANOVA", "EMA"} <= set(words)
+    plain = {re.sub(r" \(.+\)", "", word).casefold() for word in words} | {"pruner"}
+    assert {word.casefold() for _, text in rows for word in re.findall(r"\*\*(.+?)\*\*", text)} <= plain
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

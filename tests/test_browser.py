@@ -1,0 +1,221 @@
+"""JupyterLab in a real browser: every chapter is opened and run there, and its widgets are moved.
+
+``pytest tests/test_browser.py --screenshots DIR`` leaves a picture of each chapter in DIR.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbformat
+import papermill
+import pytest
+from conftest import MICRO
+from test_notebooks import NOTEBOOKS, ROOT
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"
+)
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # no question on the page
+    "notebook-extension/tracker": {"windowingMode": "none"},  # all cells in the page, not only those in sight
+}
+# What the page knows about the open notebook: [cells that ran, code cells, is the kernel idle, errors].
+STATE = """() => {
+  const panel = window.jupyterapp?.shell?.currentWidget;
+  if (!panel?.content?.model?.cells) return null;  // not yet
+  const cells = [...panel.content.model.cells].filter(cell => cell.type === 'code').map(cell => cell.toJSON());
+  const errors = cells.flatMap(cell => cell.outputs.filter(o => o.output_type === 'error').map(o => o.evalue));
+  const kernel = panel.sessionContext.session?.kernel;
+  return [cells.filter(cell => cell.execution_count !== null).length, cells.length, kernel?.status === 'idle', errors];
+}"""
+
+
+@pytest.fixture(scope="module")
+def lab(finished, tmp_path_factory):
+    """The address of a JupyterLab over copies of the chapters, set to a copy of the micro run."""
+    base = tmp_path_factory.mktemp("lab")
+    shutil.copytree(finished.runs_dir, base / "runs")
+    parameters = {**MICRO, "runs_dir": str(base / "runs")}
+    (base / "notebooks").mkdir()
+    for path in NOTEBOOKS:
+        copy = base / "notebooks" / path.name
+        papermill.execute_notebook(path, copy, parameters, prepare_only=True, log_output=False, progress_bar=False)
+        notebook = nbformat.read(copy, 4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":  # so that what is there afterwards was made in the browser
+                cell.outputs, cell.execution_count = [], None
+        notebook.metadata.pop("papermill", None)
+        nbformat.write(notebook, copy)
+    for name, values in SETTINGS.items():
+        file = base / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", f"--port={port}",
+        "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={base / 'notebooks'}",
+    ]  # fmt: skip
+    folders = {
+        "JUPYTER_CONFIG_DIR": base / "config", "JUPYTER_DATA_DIR": base / "data", "JUPYTER_RUNTIME_DIR": base / "run",
+        "JUPYTERLAB_SETTINGS_DIR": base / "settings", "JUPYTERLAB_WORKSPACES_DIR": base / "workspaces",
+        "IPYTHONDIR": base / "ipython", "PYTHONPATH": ROOT,
+    }  # fmt: skip
+    environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", **{k: str(v) for k, v in folders.items()}}
+    with open(base / "log", "w") as log:
+        server = subprocess.Popen(command, cwd=base, env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=5).close()
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"JupyterLab did not start:\n{(base / 'log').read_text()[-3000:]}")
+                time.sleep(0.3)
+        yield f"{address}/lab/tree/{{}}?reset&token={token}"
+    finally:
+        server.terminate()  # ends its kernels too
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(240_000)  # a machine that does other things too
+    yield page
+    page.close()
+
+
+def run_all(page, address: str, timeout: float = 900) -> None:
+    """Opens a notebook, chooses "Run All Cells" in the menu and waits for the last cell; fails on an error output."""
+    page.goto(address)
+    page.wait_for_function(f"() => {{ const now = ({STATE})(); return now && now[1] > 3 && now[2]; }}")  # idle, unrun
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        done, cells, idle, errors = page.evaluate(STATE)
+        assert not errors, errors
+        if idle and done == cells:
+            return
+        page.wait_for_timeout(200)
+    pytest.fail(f"{done} of {cells} cells ran within {timeout} s")
+
+
+def shut_down(page) -> None:
+    """Saves nothing, and ends the kernel: eight of them would not fit into a small machine."""
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+
+
+def cell(page, source: str):
+    """The cell whose code holds ``source``, in sight."""
+    found = page.locator(".jp-CodeCell").filter(has=page.locator(".jp-InputArea", has_text=source))
+    assert found.count() == 1
+    found.scroll_into_view_if_needed()
+    return found
+
+
+def pixels(image) -> list[int]:
+    """The bytes of a picture in the page."""
+    read = "async image => Array.from(new Uint8Array(await (await fetch(image.src)).arrayBuffer()))"
+    return image.evaluate(read)
+
+
+def guidance_slider(page):
+    """Chapter 03: a moved slider draws other pictures; moved back, the first ones again."""
+    explorer = cell(page, "explore.guidance(")
+    slider = explorer.locator(".widget-slider").filter(has_text="UGS")
+    image, words = explorer.locator(".widget-image"), explorer.locator(".widget-html").last
+    before, said = pixels(image), slider.locator(".widget-readout").inner_text()
+    slider.locator(".noUi-handle").focus()
+    for key, same in (("ArrowRight", False), ("ArrowLeft", True)):
+        source = image.get_attribute("src")
+        page.keyboard.press(key)
+        page.wait_for_function("([image, old]) => image.src !== old", arg=[image.element_handle(), source])
+        assert (slider.locator(".widget-readout").inner_text() == said) is same
+        assert (pixels(image) == before) is same
+    assert re.search(r"nearest trial, number \d: IS \d, UGS \d\.\d+, CAS \d+\.\d%", words.inner_text())
+
+
+def search_click(page):
+    """Chapter 03: a click on a trial shows its images."""
+    explorer = cell(page, "explore.SearchExplorer(")
+    points = explorer.locator(".widget-gridbox button")
+    assert points.count() == 2 * MICRO["n_trials"]
+    tooltip = points.last.get_attribute("title")  # "trial 3: 12.3%"; the last lies on top where two overlap
+    points.last.click()
+    words = explorer.locator(".widget-html").filter(has_text=tooltip.split(":")[0] + ": IS")
+    words.wait_for()
+    assert tooltip.split(": ")[1] in words.inner_text()
+    assert len(pixels(explorer.locator(".widget-image").last)) > 1000
+
+
+def denoising_slider(page):
+    """Chapter 01: another step, another picture."""
+    explorer = cell(page, "explore.denoising(")
+    image = explorer.locator(".widget-image")
+    before, source = pixels(image), image.get_attribute("src")
+    explorer.locator(".noUi-handle").focus()
+    page.keyboard.press("End")
+    page.wait_for_function("([image, old]) => image.src !== old", arg=[image.element_handle(), source])
+    assert explorer.locator(".widget-readout").inner_text() == "20" and pixels(image) != before
+
+
+def quiz_and_confusion(page):
+    """Chapter 07: an answer is scored; a cell of a matrix shows its images."""
+    quiz = cell(page, "explore_classes.quiz(")
+    for number in (1, 2):
+        quiz.get_by_role("button", name="generated").click()
+        quiz.get_by_text(re.compile(rf"You: \d of {number}\. The classifier: \d of {number}\.")).wait_for()
+    confusion = cell(page, "explore_classes.confusion(")
+    number = confusion.locator(".widget-gridbox button").first
+    true, said, count = re.fullmatch(r"(.+) taken for (.+): (\d+)", number.get_attribute("title")).groups()
+    number.click()
+    confusion.get_by_text(f"trained on real images: {count} images of class {true} taken for {said}").wait_for()
+
+
+MOVES = {"01": [denoising_slider], "03": [guidance_slider, search_click], "07": [quiz_and_confusion]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_chapter(lab, page, path, request):
+    run_all(page, lab.format(path.name))
+    for move in MOVES.get(path.name[:2], []):
+        move(page)
+    if folder := request.config.getoption("--screenshots"):
+        screenshot(page, os.path.join(folder, f"{path.stem}.png"))
+    shut_down(page)
+
+
+def screenshot(page, path: str) -> None:
+    """The whole chapter, however long, without the side bar."""
+    page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
+    height = page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollHeight")
+    page.set_viewport_size({"width": 1280, "height": min(height + 100, 16_000)})
+    page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollTo(0, 0)")
+    page.wait_for_timeout(500)
+    page.screenshot(path=path)

@@ -1,0 +1,243 @@
+"""The explorers, moved by their widgets as a front end would; that a front end does is test_browser's part."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdgen_lib import explore, explore_classes, report, tune, widgets
+from sdgen_lib.course import Course
+from sdgen_lib.data import Split
+from sdgen_lib.sample import balanced_labels
+
+
+def drawn(figure) -> bytes:
+    """What an image widget holds that shows ``figure``."""
+    return widgets.png(figure, scale=2)
+
+
+def is_png(content: bytes) -> bool:
+    return Image.open(io.BytesIO(content)).format == "PNG"
+
+
+# --- both in one output ---
+
+
+def test_an_output_holds_the_widget_and_a_picture(finished):
+    explorer = explore.guidance(finished.course, finished.course.search())
+    bundle = explorer._repr_mimebundle_()
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.model_id
+    assert is_png(base64.b64decode(bundle["image/png"]))
+    assert "sliders" in bundle["text/plain"]
+
+
+def test_nbconvert_shows_the_picture_where_there_is_no_kernel(finished):
+    """As on GitHub: the notebook is stored without the widgets' state."""
+    from nbconvert import HTMLExporter
+    from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+    explorer = explore.SearchExplorer(finished.course)
+    cell = new_code_cell("x", outputs=[new_output("display_data", data=explorer._repr_mimebundle_())])
+    page, _ = HTMLExporter().from_notebook_node(new_notebook(cells=[cell]))
+    assert "data:image/png;base64" in page and explorer.widget.model_id not in page
+
+
+# --- guidance ---
+
+
+def test_sliders_redraw_the_same_seeds(finished):
+    course = finished.course
+    explorer = explore.guidance(course, study := course.search())
+    epoch = study.best_params["epoch"]
+    first = explorer.image.value
+    explorer.steps.value, explorer.scale.value, explorer.who.value = 5, 3.5, 7
+    point = {"IS": 5, "UGS": 3.5, "transfer_epoch": epoch, "finetune_epoch": None}
+    images = course.draw(point, torch.full((10,), 7), "explorer")
+    near = explore.nearest_trial(tune.trials_frame(study), {"IS": 5, "UGS": 3.5})
+    title = f"IS 5, UGS 3.5; CAS of the nearest trial {near.value:.1%}"
+    assert explorer.image.value == drawn(report.image_grid([images], [""], ["7"] * 10, scale=0.95, title=title))
+    assert f"number {near.name}:" in explorer.words.value and f"{near.value:.1%}" in explorer.words.value
+    best = study.best_params
+    explorer.steps.value, explorer.scale.value, explorer.who.value = best["IS"], round(best["UGS"], 1), None
+    assert explorer.image.value == first
+
+
+def test_the_sliders_cover_the_search(finished):
+    explorer, s = explore.guidance(finished.course, finished.course.search()), finished.course.settings
+    assert (explorer.steps.max, explorer.scale.min, explorer.scale.max) == (s.steps_max, 0, s.guidance_max)
+    assert [value for _, value in explorer.who.options] == [None, *range(10)]
+
+
+def test_nearest_trial_measures_by_the_ranges(study_of):
+    frame = tune.trials_frame(study_of([(1, 0.0, 1, 0.1, False), (101, 1.0, 1, 0.2, False), (60, 0.0, 1, 0.3, True)]))
+    assert explore.nearest_trial(frame, {"IS": 52, "UGS": 0.1}).name == 2  # 60 is near 52 on a range of 100
+    assert explore.nearest_trial(frame, {"IS": 52, "UGS": 0.95}).name == 1
+    assert explore.nearest_trial(frame, {"IS": 2, "UGS": 0.2}).name == 0
+
+
+# --- denoising ---
+
+
+def test_walk_is_the_samplers(finished):
+    """Its last prediction is what `generate_latents` draws; the push is the difference of the two answers."""
+    from sdgen_lib.sample import generate_latents, initial_noise
+
+    course = finished.course
+    encoder, model = course.use(2), course.backbone
+    context, away = encoder.contexts()[[4]], encoder.unconditional("zero")
+    noise = initial_noise(0, "x", [0], model.latent_shape)
+    way = explore.walk(model, context, away, noise, 4, 2.5)
+    final = generate_latents(model, context, away, noise, num_inference_steps=4, guidance_scale=2.5)
+    assert len(way) == 4
+    torch.testing.assert_close(way[-1][1], final, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(way[0][0], noise)
+    t = torch.tensor([999])
+    with torch.no_grad():
+        push = model.predict_noise(noise, t, context) - model.predict_noise(noise, t, away[None])
+    torch.testing.assert_close(way[0][2], push)
+
+
+def test_scrubber(finished):
+    course = finished.course
+    explorer = explore.denoising(course.backbone, course.use(2), course.data.class_names, num_inference_steps=4)
+    shown = []
+    for step in (1, 2, 4, 1):
+        explorer.step.value = step
+        shown.append(explorer.image.value)
+    assert len(set(shown)) == 3 and shown[0] == shown[-1]
+    explorer.who.value = 5
+    assert explorer.image.value != shown[-1] and is_png(explorer.image.value)
+    assert len(explorer.still().axes) == 3 * 4
+
+
+# --- the search ---
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_click_shows_what_the_trial_was_scored_on(finished, step):
+    course = finished.course
+    explorer = explore.SearchExplorer(course, step)
+    buttons = explorer.points.children[1:]
+    frame = tune.trials_frame(course.search() if step == 2 else course.research())
+    assert len(buttons) == 2 * len(frame)
+    for button, trial in ((buttons[1], frame.index[1]), (buttons[-1], frame.index[-1])):
+        button.click()
+        row = frame.loc[trial]
+        first = course.search().best_params["epoch"]
+        epochs = (int(row.epoch), None) if step == 2 else (first, int(row.epoch))
+        point = dict(zip(("IS", "UGS", "transfer_epoch", "finetune_epoch"), (int(row.IS), row.UGS, *epochs)))
+        images = course.draw(point, balanced_labels(40, 10), "trial")  # all that the trial drew
+        grid = report.image_grid([images[:10], images[10:20]], ["", ""], list("0123456789"))
+        assert explorer.image.value == drawn(grid)
+        assert f"trial {trial}: IS {row.IS:.0f}, UGS {row.UGS:.2f}" in explorer.words.value
+
+
+def test_spots_lie_over_their_points(finished):
+    """The centre of each button shows its point's colour, not the paper's white."""
+    explorer = explore.SearchExplorer(finished.course)
+    picture = Image.open(io.BytesIO(explorer.points.children[0].value)).convert("RGB")
+    columns = int(explorer.points.layout.grid_template_columns.split("(")[1].split(",")[0])
+    scale = picture.width / (columns * widgets.CELL)
+    for button in explorer.points.children[1:]:
+        row, column, height, width = (int(part.split()[-1]) for part in button.layout.grid_area.split(" / "))
+        x, y = ((at - 1 + span / 2) * widgets.CELL * scale for at, span in ((column, width), (row, height)))
+        around = np.asarray(picture.crop((int(x) - 6, int(y) - 6, int(x) + 7, int(y) + 7))).astype(int)
+        saturation = around.max(-1) - around.min(-1)
+        assert saturation.max() > 60
+
+
+def test_updates_while_the_search_runs(micro, tmp_path, study_of):
+    course = Course(micro(tmp_path / "runs"))
+    explorer = explore.SearchExplorer(course)  # before the first trial
+    assert "waiting" in explorer.words.value and is_png(base64.b64decode(explorer._repr_mimebundle_()["image/png"]))
+    for count in (1, 2):
+        explorer.update(study_of([(5, 0.5, 1, 0.3, False), (9, 0.7, 2, 0.4, True)][:count]))
+        assert len(explorer.points.children) == 1 + 2 * count and f"{count} trials" in explorer.words.value
+
+
+def test_a_step_without_a_search(finished):
+    with pytest.raises(ValueError, match="2, 4 .*not 3"):
+        explore.SearchExplorer(finished.course, 3)
+
+
+# --- real or generated ---
+
+
+def questions():
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8) * 60
+    yes = torch.tensor
+    return explore_classes.Questions(
+        images, yes([True, False, True, False]), yes([True, True, True, False]), yes([0, 1, 1, 0])
+    )  # fmt: skip
+
+
+def test_the_quiz_is_scored():
+    quiz = explore_classes.Quiz(questions(), 0.75, ["cat", "dog"])
+    quiz.buttons["real"].click()
+    assert "Right: number 1 is real, class cat. The classifier said real." in quiz.words.value
+    quiz.buttons["real"].click()
+    assert "Wrong: number 2 is generated, class dog. The classifier said real." in quiz.words.value
+    assert "You: 1 of 2. The classifier: 1 of 2." in quiz.words.value
+    quiz.buttons["generated"].click()
+    quiz.buttons["generated"].click()
+    assert "You: 2 of 4. The classifier: 3 of 4." in quiz.words.value and "75.0%" in quiz.words.value
+    assert all(button.disabled for button in quiz.buttons.values())
+    quiz.answer(True)  # after the end
+    assert quiz.answers == [True, True, False, False]
+
+
+def test_questions_are_of_images_that_the_classifier_did_not_learn_from(finished):
+    course = finished.course
+    found, accuracy = explore_classes.real_or_generated(course, 8, epochs=2)
+    assert found.is_real.sum() == 4 and 0 <= accuracy <= 1
+    block_2 = course.synthetic(2).images[100:]
+    for image, is_real, label in zip(found.images, found.is_real, found.classes):
+        home = course.data.test if is_real else Split(block_2, course.synthetic(2).labels[100:])
+        at = (home.images == image).flatten(1).all(1).nonzero().flatten()
+        assert len(at) and label in home.labels[at]
+    for number in (0, 7, 1000):
+        with pytest.raises(ValueError, match=f"not {number}"):
+            explore_classes.real_or_generated(course, number, epochs=1)
+
+
+# --- confusion ---
+
+
+def test_confusion_matrix_by_sklearn():
+    from sklearn import metrics
+
+    generator = torch.Generator().manual_seed(0)
+    labels, predicted = (torch.randint(0, 5, (200,), generator=generator) for _ in range(2))
+    found = explore_classes.confusion_matrix(predicted, labels, 5)
+    assert found.tolist() == metrics.confusion_matrix(labels, predicted).tolist()
+
+
+def test_a_click_shows_the_confused_images():
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 8, 8) * 40
+    split = Split(images, torch.tensor([0, 0, 0, 1, 1, 2]))
+    predictions = {"one": torch.tensor([0, 1, 1, 1, 1, 2]), "two": split.labels}
+    explorer = explore_classes.Confusion(predictions, split, ["cat", "dog", "owl"])
+    tooltips = {button.tooltip: button for button in explorer.points.children[1:]}
+    assert len(explorer.points.children[1:]) == 4 + 3  # the cells that are not empty
+    tooltips["cat taken for dog: 2"].click()
+    assert "one: 2 images of class cat taken for dog" in explorer.words.value
+    assert explorer.image.value == drawn(report.image_grid([images[1:3]], [""], scale=0.9))
+    assert [ax.get_title() for ax in explorer.still().axes] == ["one: 66.7% right", "two: 100.0% right"]
+
+
+def test_many_classes_show_the_most_confused():
+    labels = torch.arange(40)
+    predicted = labels.clone()
+    predicted[30:36] = labels[24:30]  # twelve classes in confusion
+    split = Split(torch.zeros(40, 3, 8, 8, dtype=torch.uint8), labels)
+    explorer = explore_classes.Confusion({"one": predicted}, split, [str(i) for i in range(40)])
+    assert explorer.classes == list(range(24, 36))
+
+
+def test_both_classifiers_are_asked_about_real_test_images(finished):
+    explorer = explore_classes.confusion(finished.course)
+    assert explorer.split is finished.course.data.test
+    assert [m.sum().item() for m in explorer.matrices.values()] == [449, 449]
