@@ -58,8 +58,23 @@ def make_block(
     wait()
     done = runs.is_whole(path)
     wait()  # nobody may find it that the others have to make
-    if done:
-        return
+    if not done:
+        _draw(shards, draw, labels, first_index, batch_size, rank, ranks, progress)
+        wait()
+        if rank == 0:
+            shape = (len(labels), *_images(shards[0]).shape[1:])
+            _save(path, (_images(shard) for shard in shards), shape, labels)
+    if rank == 0:
+        for shard in path.parent.glob(f"{path.stem}_*.npz"):  # whoever made the block may have been killed before this
+            runs.discard(shard)
+    wait()
+
+
+def _draw(
+    shards: list[Path], draw: Draw, labels: torch.Tensor, first_index: int, batch_size: int, rank: int, ranks: int,
+    progress: str | None,
+) -> None:  # fmt: skip
+    """This rank's part of the shards, those that are there left out."""
     with tqdm(total=len(labels), desc=progress, unit="image", disable=progress is None or rank > 0) as bar:
         for k, shard in enumerate(shards):
             rows = slice(k * batch_size, (k + 1) * batch_size)
@@ -67,13 +82,6 @@ def make_block(
                 images = draw(labels[rows], first_index + k * batch_size).permute(0, 2, 3, 1).numpy()
                 _save(shard, iter([images]), images.shape, labels[rows])
             bar.update(len(labels[rows]))
-    wait()
-    if rank == 0:
-        shape = (len(labels), *_images(shards[0]).shape[1:])
-        _save(path, (_images(shard) for shard in shards), shape, labels)
-        for shard in shards:
-            runs.discard(shard)
-    wait()
 
 
 def _images(path: Path) -> np.ndarray:

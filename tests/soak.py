@@ -300,6 +300,8 @@ def soak(folder: Path, kills: int, seed: int, report: Callable[[str], None] = pr
     count["damaged"] = damage(folder, attempt, report)
     share(folder, attempt)
     report("2 workers on one search: no trial lost, none done twice")
+    shutil.rmtree(runs_dir)
+    shutil.copytree(folder / "before" / "damage", runs_dir)  # the whole run, to look at
     return count
 
 

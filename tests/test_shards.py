@@ -113,6 +113,15 @@ def test_a_damaged_shard_is_drawn_again_and_nothing_of_another_point_is_kept(fol
     assert len(moved.drawn) == 6 and runs.load_json(folder / "block_01.json") == {"IS": 5}
 
 
+def test_shards_that_outlived_their_block_are_cleared(folder):
+    make(folder / "block_01.npz", Painter())
+    for k in (0, 7):
+        (folder / f"block_01_{k:05d}.npz").write_bytes(b"left by a kill")
+    painter = Painter()
+    make(folder / "block_01.npz", painter)
+    assert not painter.drawn and sorted(p.name for p in folder.iterdir()) == ["block_01.json", "block_01.npz"]
+
+
 # --- processes ---
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
