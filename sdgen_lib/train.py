@@ -168,7 +168,7 @@ def fit(
     bar = tqdm(total=epochs, initial=len(history), desc=title, unit="epoch")
     for epoch in range(len(history) + 1, epochs + 1):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-        losses = torch.zeros(())
+        losses: list[torch.Tensor] = []  # of each batch; looked at once an epoch, so that a card need not wait
         for step, rows in enumerate(torch.randperm(n, generator=generator).split(batch_size)):
             t = torch.randint(0, len(backbone.alphas_cumprod), (len(rows),), generator=generator)
             noise = torch.randn(len(rows), *train.latents.shape[1:], generator=generator)
@@ -196,14 +196,18 @@ def fit(
             nn.utils.clip_grad_norm_(parameters, clip_norm)
             scaler.step(adam)
             scaler.update()
-            losses += torch.stack(batch_losses).sum().cpu() * len(rows) / n
-        if not torch.isfinite(losses):
+            losses.append(torch.stack(batch_losses).sum() * (len(rows) / n))
+        train_loss = torch.stack(losses).cpu()
+        if not torch.isfinite(train_loss).all():
+            first = int((~torch.isfinite(train_loss)).nonzero()[0])
             raise FloatingPointError(
-                f"Loss of {title}, epoch {epoch}, is {float(losses)}: lower the learning rate of {learning_rate:g}. "
-                f"The checkpoints of earlier epochs are in {folder.name}/."
+                f"Loss of {title}, epoch {epoch}, is {float(train_loss[first])} from batch {first + 1} of "
+                f"{steps_per_epoch} on: lower the learning rate of {learning_rate:g}. The checkpoints of earlier "
+                f"epochs are in {folder.name}/."
             )
         away_from = class_encoder.unconditional(unconditional, empty_prompt)
-        history.append({"train": float(losses), **held_out_losses(backbone, class_encoder, held_out, away_from)})
+        kinds = held_out_losses(backbone, class_encoder, held_out, away_from)
+        history.append({"train": float(train_loss.sum()), **kinds})
         large = sum(p.numel() for p in parameters) > 1_000_000  # a UNet: half precision halves the disk
         kept = {name: p.half() if large else p for name, p in trainable.items()}
         runs.save_tensors(checkpoint_path(folder, epoch), kept)
