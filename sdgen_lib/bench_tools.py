@@ -55,7 +55,7 @@ def pipeline_of(model: backbone.Backbone, dtype: torch.dtype) -> StableDiffusion
     unet, vae = (copy.deepcopy(part) for part in (model.unet, model.vae))
     found = StableDiffusionPipeline(
         vae=torch.nn.Module.to(vae, dtype), unet=torch.nn.Module.to(unet, dtype), text_encoder=None, tokenizer=None,
-        scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=True, clip_sample=False, timestep_spacing="linspace"),
+        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="linspace", steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     found.set_progress_bar_config(disable=True)

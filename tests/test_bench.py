@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: sizes against published ones, ratios against known work, and each command runs."""
+"""The benchmarks measure what they say: published sizes, ratios of known work, and each command runs."""
 
 import json
 import time
