@@ -29,18 +29,19 @@ def method(
     for name in (*trained, *searched, *to_come, encoder):
         if name not in PARTS:
             raise unknown_name("part", name, PARTS)
-    figure, ax = report.new_axes(size=(9.2, 1.8))
-    ax.set(xlim=(-1.05, 4.0), ylim=(-0.75, 0.5))
+    low = -0.75 if searched else -0.3  # room for the knobs
+    figure, ax = report.new_axes(size=(9.2, 1.4 * (0.4 - low)))
+    ax.set(xlim=(-1.05, 4.0), ylim=(low, 0.4))
     ax.axis("off")
     arrow = {"arrowstyle": "->", "color": report.GREY}
     for i, name in enumerate([encoder, "UNet", "VAE", "ResNet20"]):
         state = "trained" if name in trained else "to come" if name in to_come else "frozen"
         line = ":" if state == "to come" else "-"
-        ax.add_patch(FancyBboxPatch((i - 0.27, -0.2), 0.54, 0.5, boxstyle="round,pad=0.02", fc=FILL[state],
+        ax.add_patch(FancyBboxPatch((i - 0.3, -0.2), 0.6, 0.5, boxstyle="round,pad=0.02", fc=FILL[state],
                                     ec="black" if state == "trained" else report.GREY, ls=line, lw=1.4))  # fmt: skip
-        ax.text(i, 0.14, name, ha="center", va="center", fontsize=10, weight="bold")
+        ax.text(i, 0.14, name, ha="center", va="center", fontsize=9.5, weight="bold")
         ax.text(i, -0.08, state, ha="center", va="center", fontsize=9)
-        ax.annotate("", (i - 0.3, 0.05), (i - 0.7, 0.05), arrowprops=arrow)
+        ax.annotate("", (i - 0.33, 0.05), (i - 0.67, 0.05), arrowprops=arrow)
         if i:
             ax.text(i - 0.5, 0.1, FLOW[i - 1], ha="center", va="bottom", fontsize=8)
         if name in searched:
@@ -50,6 +51,6 @@ def method(
     ax.text(
         -0.72, 0.05, "caption" if encoder == "text encoder" else "class\nlabel", ha="right", va="center", fontsize=9
     )
-    ax.annotate("", (3.7, 0.05), (3.3, 0.05), arrowprops=arrow)
+    ax.annotate("", (3.7, 0.05), (3.33, 0.05), arrowprops=arrow)
     ax.text(3.72, 0.05, "CAS", va="center", fontsize=10, weight="bold")
     return figure

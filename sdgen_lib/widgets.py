@@ -70,7 +70,8 @@ class Clickable(ipywidgets.GridBox):
     ) -> None:  # fmt: skip
         """``spots``: (axes, x, y, tooltip) in data coordinates; ``on_click(i)`` gets the number of the spot."""
         FigureCanvasAgg(figure)
-        figure.draw_without_rendering()  # so that the layout, and with it the coordinates, are settled
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # settled now: drawn once more, square axes would move from under the buttons
         width, height = (round(side * figure.dpi / CELL) for side in figure.get_size_inches())
         span, buttons = max(1, size // CELL), []
         for i, (ax, x, y, tooltip) in enumerate(spots):

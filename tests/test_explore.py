@@ -135,18 +135,34 @@ def test_a_click_shows_what_the_trial_was_scored_on(finished, step):
         assert f"trial {trial}: IS {row.IS:.0f}, UGS {row.UGS:.2f}" in explorer.words.value
 
 
-def test_spots_lie_over_their_points(finished):
-    """The centre of each button shows its point's colour, not the paper's white."""
-    explorer = explore.SearchExplorer(finished.course)
-    picture = Image.open(io.BytesIO(explorer.points.children[0].value)).convert("RGB")
-    columns = int(explorer.points.layout.grid_template_columns.split("(")[1].split(",")[0])
-    scale = picture.width / (columns * widgets.CELL)
-    for button in explorer.points.children[1:]:
+def under_the_buttons(points):
+    """What of the picture lies under each button: integer arrays (h, w, 3)."""
+    picture = Image.open(io.BytesIO(points.children[0].value)).convert("RGB")
+    columns = int(points.layout.grid_template_columns.split("(")[1].split(",")[0])
+    cell = widgets.CELL * picture.width / (columns * widgets.CELL)
+    for button in points.children[1:]:
         row, column, height, width = (int(part.split()[-1]) for part in button.layout.grid_area.split(" / "))
-        x, y = ((at - 1 + span / 2) * widgets.CELL * scale for at, span in ((column, width), (row, height)))
-        around = np.asarray(picture.crop((int(x) - 6, int(y) - 6, int(x) + 7, int(y) + 7))).astype(int)
-        saturation = around.max(-1) - around.min(-1)
-        assert saturation.max() > 60
+        box = (column - 1, row - 1, column - 1 + width, row - 1 + height)
+        yield np.asarray(picture.crop([round(side * cell) for side in box])).astype(int)
+
+
+def test_buttons_lie_over_their_points(finished):
+    """The middle of each shows its point's colour, not the paper's white."""
+    for part in under_the_buttons(explore.SearchExplorer(finished.course).points):
+        middle = part[len(part) // 3 : -len(part) // 3, part.shape[1] // 3 : -part.shape[1] // 3]
+        assert (middle.max(-1) - middle.min(-1)).max() > 60
+
+
+def test_buttons_lie_within_their_cells():
+    """All four corners of each are of its cell's dark blue: on the diagonal every image is right."""
+    labels = torch.arange(10)
+    split = Split(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), labels)
+    explorer = explore_classes.Confusion({"one": labels, "two": labels}, split, list("0123456789"))
+    found = list(under_the_buttons(explorer.points))
+    assert len(found) == 20
+    for part in found:
+        corners = part[[1, 1, -2, -2], [1, -2, 1, -2]]
+        assert (corners[:, 2] - corners[:, 0]).min() > 60
 
 
 def test_updates_while_the_search_runs(micro, tmp_path, study_of):
