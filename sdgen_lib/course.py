@@ -53,7 +53,7 @@ class Course:
             settings.dataset, settings.image_size, settings.seed, base_dir=Path(__file__).resolve().parents[1]
         )
         self.run = runs.Run(settings, self.data.slug)
-        self._loaded: tuple[int, int | None] | None = None  # the checkpoints that `draw` has in place
+        self._loaded: tuple[int, int | None] | None = None  # the checkpoints that `use` has put in place
 
     def __str__(self) -> str:
         s, d = self.settings, self.data
@@ -111,8 +111,8 @@ class Course:
         encoder.load_state_dict(runs.load_tensors(train.checkpoint_path(self.run.folder("1_transfer"), transfer_epoch)))
         if was is None or was[1] != finetune_epoch:
             self.backbone.set_unet(self.unet_weights(finetune_epoch))
-        self._loaded = (transfer_epoch, finetune_epoch)
-        return encoder.requires_grad_(False).eval()
+        self._encoder, self._loaded = encoder.requires_grad_(False).eval(), (transfer_epoch, finetune_epoch)
+        return encoder
 
     def reset(self) -> None:
         """For who changes the backbone's weights by hand: the next `use` or `draw` loads them anew."""
@@ -140,7 +140,7 @@ class Course:
     ) -> torch.Tensor:
         """Images of ``labels`` at a point {IS, UGS, transfer_epoch, finetune_epoch}: uint8, the classifier's size."""
         if self._loaded != (wanted := (point["transfer_epoch"], point["finetune_epoch"])):
-            self._encoder = self.use(*wanted)
+            self.use(*wanted)
         return generate(
             self.backbone, self._encoder, labels, num_inference_steps=point["IS"], guidance_scale=point["UGS"],
             seed=self.settings.seed, set_name=set_name, first_index=first_index, image_size=self.data.image_size,

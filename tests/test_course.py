@@ -99,6 +99,18 @@ def test_each_point_has_its_own_weights(finished, tiny):
     course._loaded = None
 
 
+def test_use_and_draw_in_any_order(finished, micro):
+    """Whatever was put in place by hand before, a point draws the same."""
+    course, labels = Course(micro(finished.runs_dir)), torch.tensor([3, 4])
+    point = {"IS": 5, "UGS": 1.0, "transfer_epoch": 2, "finetune_epoch": None}
+    course.use(2)
+    first = course.draw(point, labels, "any order")
+    for tuned in ((1, None), (2, 1)):
+        course.use(*tuned)
+        assert torch.equal(course.draw(point, labels, "any order"), first)
+    assert not torch.equal(course.draw({**point, "finetune_epoch": 2}, labels, "any order"), first)
+
+
 def test_the_unet_was_tuned_with_the_best_class_encoder_fixed(finished):
     """Step 3 leaves the Class-Encoder's checkpoints alone; the losses of steps 1 and 3 are finite and differ."""
     one, three = finished.course.transfer(), finished.course.finetune()
