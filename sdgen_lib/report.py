@@ -168,7 +168,8 @@ PANELS = (("IS", "UGS"), ("epoch", "value"))  # of `trials_by_parameter`, (x, y)
 def trials_by_parameter(frame: pd.DataFrame, chosen: int | None = None) -> Figure:
     """All four numbers of each trial (rows of `tune.trials_frame`): IS and UGS, epoch and CAS; ``chosen`` is ringed."""
     figure, axes = new_axes(1, 2, size=(9.2, 3.4))
-    low, high = 100 * frame.value.min(), 100 * max(frame.value.max(), frame.value.min() + 1e-6)
+    low = 100 * frame.value.min()
+    high = max(100 * frame.value.max(), low + 1)  # at least a point wide, where all trials scored alike
     for ax, (x, y) in zip(axes, PANELS):
         for pruned, marker in ((False, "o"), (True, "X")):
             part = frame[frame.pruned == pruned]
