@@ -179,7 +179,8 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
          "classifier_epochs": t.user_attrs["classifier_epochs"], "seconds": t.user_attrs["seconds"]}
         for t in study.get_trials(deepcopy=False, states=FINISHED)
     ]  # fmt: skip
-    return pd.DataFrame(rows).set_index("trial")
+    columns = ["trial", *PARAMETERS, "value", "val_accuracy", "test_accuracy", "pruned", "classifier_epochs", "seconds"]
+    return pd.DataFrame(rows, columns=columns).set_index("trial")
 
 
 def importances(study: optuna.Study, seed: int = 0) -> pd.Series:

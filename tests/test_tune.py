@@ -240,6 +240,11 @@ def test_a_search_with_real_classifiers(tmp_path, digits):
 # --- trials and importances ---
 
 
+def test_trials_frame_of_a_search_that_has_not_begun(study_of):
+    frame = tune.trials_frame(study_of([]))
+    assert len(frame) == 0 and {"IS", "UGS", "epoch", "value", "pruned"} <= set(frame)
+
+
 def test_trials_frame(study_of):
     frame = tune.trials_frame(study_of([(10, 0.5, 1, 0.8, False), (20, 0.25, 2, 0.3, True)]))
     assert frame.index.name == "trial" and frame.index.tolist() == [0, 1]
