@@ -11,7 +11,7 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import backbone_files, lora
+from . import backbone_files, lora, memory
 from .devices import autocast, compute_dtype, default_device
 
 
@@ -107,14 +107,17 @@ class Backbone:
         Resized bilinearly to ``image_size`` and mapped to [-1, 1] as in the paper (section 4); the mean of the
         VAE's posterior, no noise, so that the same image always gives the same latents.
         """
-        latents = []
-        for part in images.split(batch_size):
-            part = part.to(self.device).float() / 127.5 - 1
+        latents: list[torch.Tensor] = []
+
+        def work(rows: slice):
+            part = images[rows].to(self.device).float() / 127.5 - 1
             if part.shape[-1] != self.image_size:
                 smaller = part.shape[-1] > self.image_size
                 part = F.interpolate(part, size=self.image_size, mode="bilinear", antialias=smaller)
             with self.autocast():
                 latents.append(self.vae.encode(part).latent_dist.mode().float())
+
+        memory.MicroBatch(batch_size).run(len(images), latents.clear, work)
         return torch.cat(latents) * self.vae.config.scaling_factor
 
     @torch.no_grad()

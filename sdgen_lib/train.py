@@ -43,26 +43,30 @@ def held_out_losses(
     right < wrong; a loss that falls while the three draw together has forgotten the class.
     """
     n, classes = len(held_out.labels), class_encoder.num_classes
-    generator = torch.Generator().manual_seed(0)
+    generator, micro = torch.Generator().manual_seed(0), memory.MicroBatch(batch_size)
     contexts, totals = class_encoder.contexts(), dict.fromkeys(("right", "wrong", "empty"), 0.0)
+    device, labels = backbone.device, held_out.labels
     for _ in range(FIXED_NOISES):
         t = torch.randint(0, len(backbone.alphas_cumprod), (n,), generator=generator)
         noise = torch.randn(held_out.latents.shape, generator=generator)
-        shift = torch.randint(1, classes, (n,), generator=generator).to(held_out.labels.device)
-        for start in range(0, n, batch_size):
-            rows = slice(start, start + batch_size)
-            labels = held_out.labels[rows]
-            for kind, context in (
-                ("right", contexts[labels]),
-                ("wrong", contexts[(labels + shift[rows]) % classes]),
-                ("empty", unconditional.expand(len(labels), -1, -1)),
-            ):
+        shift = torch.randint(1, classes, (n,), generator=generator).to(labels.device)
+        for kind, context_of in (
+            ("right", lambda rows: contexts[labels[rows]]),
+            ("wrong", lambda rows: contexts[(labels[rows] + shift[rows]) % classes]),
+            ("empty", lambda rows: unconditional.expand(len(labels[rows]), -1, -1)),
+        ):
+            sums: list[float] = []
+
+            def work(rows: slice):
+                at = t[rows].to(device)
                 loss = diffusion_loss(
-                    backbone.predict_noise, held_out.latents[rows], context, t[rows].to(backbone.device),
-                    noise[rows].to(backbone.device), backbone.alphas_cumprod,
-                    backbone.loss_weight(t[rows].to(backbone.device)),
+                    backbone.predict_noise, held_out.latents[rows], context_of(rows), at, noise[rows].to(device),
+                    backbone.alphas_cumprod, backbone.loss_weight(at),
                 )  # fmt: skip
-                totals[kind] += float(loss) * len(labels) / (n * FIXED_NOISES)
+                sums.append(float(loss) * len(at))
+
+            micro.run(n, sums.clear, work)
+            totals[kind] += sum(sums) / (n * FIXED_NOISES)
     return totals
 
 
@@ -158,10 +162,8 @@ def fit(
         backbone.unet.enable_gradient_checkpointing()
         return True
 
-    if gradient_checkpointing:
-        backbone.unet.enable_gradient_checkpointing()
     known = runs.load_json(folder / "micro_batch.json", {"size": batch_size, "gradient_checkpointing": False})
-    if known["gradient_checkpointing"]:
+    if gradient_checkpointing or known["gradient_checkpointing"]:
         backbone.unet.enable_gradient_checkpointing()
     micro = memory.MicroBatch(min(known["size"], batch_size), relief)
 
