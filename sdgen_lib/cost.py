@@ -23,6 +23,9 @@ PRUNED_SHARE = 0.6  # of the classifier epochs a pruner lets run, roughly: a thi
 STEPS = ("1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets")
 
 
+MEASURED_WITH = ("precision", "sample_batch_size", "transfer_batch_size", "finetune_batch_size", "finetune_method",
+                 "classifier_batch_size", "classifier_width", "classifier_shortcut")  # fmt: skip
+_measured: dict[tuple, dict[str, float]] = {}  # a machine is as fast for the next run as for this one
 KINDS = ("pass", "transfer", "finetune", "encode", "decode", "classifier")
 
 
@@ -45,10 +48,12 @@ def _seconds(batch: int, work: Callable[[int], object], repeats: int = 2) -> flo
 def measure(course: Course) -> dict[str, float]:
     """Seconds per image on this machine of each of `KINDS`: a UNet pass, one more with the gradient of its context
     (step 1), one with the gradient of its weights (step 3), the VAE's two halves, a step of classifier training."""
-    if hasattr(course, "_unit_costs"):
-        return course._unit_costs
-    model, s = course.backbone, course.settings
-    device, side = torch.device(model.device), course.data.image_size
+    s, side = course.settings, course.data.image_size
+    of = (s.backbone, side, course.data.num_classes, *(getattr(s, name) for name in MEASURED_WITH))
+    if of in _measured:
+        return _measured[of]
+    model = course.backbone
+    device = torch.device(model.device)
 
     def unet(batch: int) -> torch.Tensor:
         latents = torch.zeros(batch, *model.latent_shape, device=device)
@@ -82,7 +87,7 @@ def measure(course: Course) -> dict[str, float]:
     net = ResNet20(course.data.num_classes, s.classifier_width, dtype, s.classifier_shortcut)
     net = net.to(device, memory_format=torch.channels_last)
     found["classifier"] = _seconds(s.classifier_batch_size, lambda n: classifier(n).backward())
-    course._unit_costs = found
+    _measured[of] = found
     return found
 
 
