@@ -37,7 +37,8 @@ course: $(VENV)/.installed
 	@echo "The executed notebooks are in $(RUNS)/executed/"
 
 test: $(VENV)/.installed
-	@$(VENV)/bin/python -m pytest --nbval-lax --nbval-current-env tests notebooks
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile tests
+	@$(VENV)/bin/python -m pytest --nbval-lax --nbval-current-env notebooks
 
 lint: $(VENV)/.installed
 	@$(VENV)/bin/python -m ruff check .
