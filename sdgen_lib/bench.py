@@ -29,9 +29,8 @@ from .bench_tools import Peak, ceiling, compare, encoder_for, flops, load, pipel
 
 def sampler(o: argparse.Namespace) -> list[dict[str, Any]]:
     """Class labels to uint8 images, against diffusers' pipeline: float32 on a CPU, float16 on a card."""
-    model, encoder = load(o.backbone, o.device, "auto"), None
-    encoder = encoder_for(model)
-    labels = sample.balanced_labels(o.batch, 10)
+    model = load(o.backbone, o.device, "auto")
+    encoder, labels = encoder_for(model), sample.balanced_labels(o.batch, 10)
     options = dict(num_inference_steps=o.steps, guidance_scale=o.guidance, batch_size=min(o.batch, 128))
     peer_dtype = torch.float32 if o.device == "cpu" else torch.float16
     pipe = pipeline_of(model, peer_dtype).to(o.device)

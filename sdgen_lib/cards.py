@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from huggingface_hub import DatasetCardData, ModelCardData
 
-from . import data, runs
+from . import backbone_files, data, report, runs
 from .course import Course
 
 PAPER = "https://arxiv.org/abs/2405.02698"
-BACKBONE_LICENCES = {
-    "tiny": "Apache-2.0; its glyphs are of the DejaVu, STIX and Computer Modern fonts",
-    "sd2": "CreativeML Open RAIL++-M",
-    "sd1.4": "CreativeML OpenRAIL-M",
-}
 DATA_LICENCES = {
     "digits": "CC BY 4.0 (Optical Recognition of Handwritten Digits, UCI repository)",
     **dict.fromkeys(data.CIFAR, "none stated by its authors"),
@@ -26,8 +20,7 @@ LOADING = {
     "folder": """from torchvision.datasets import ImageFolder
 
 train = ImageFolder("./{out}/train")""",
-    "npz": """import numpy as np
-
+    "npz": """
 with np.load("./{out}/{slug}.npz", allow_pickle=False) as file:
     train_images, train_labels = file["train_images"], file["train_labels"]""",
     "parquet": """from datasets import load_dataset
@@ -52,6 +45,7 @@ def dataset_card(
         task_categories=["image-classification"], tags=["synthetic", "diffusion", "sdgen"],
         size_categories=[_size_category(total)], **header,
     ).to_yaml()  # fmt: skip
+    mix = "with its class counts" if c.settings.class_mix == "real" else "as many of each class"
     real = "`val` and `test` are **real** images, copied unchanged from the source, to choose and to measure with."
     classes = "\n".join(
         f"| {i} | {name} | {folder} |" for i, (name, folder) in enumerate(zip(c.data.class_names, folders))
@@ -62,7 +56,7 @@ def dataset_card(
 # {c.settings.dataset}, drawn by a diffusion model
 
 {counts["train"]} **generated** training images of {c.data.image_size}x{c.data.image_size} pixels in \
-{c.data.num_classes} classes: {multiple} times the real training set, with its class counts. \
+{c.data.num_classes} classes: {multiple} times the real training set, {mix}. \
 {real if len(counts) > 1 else "No real image is in it."}
 
 | part | images |
@@ -180,7 +174,7 @@ def _licence(course: Course) -> str:
     return f"""No licence is granted here. What was made from others' work stays under their terms:
 
 - the training data, {s.dataset}: {source};
-- the pretrained model, {s.backbone}: {BACKBONE_LICENCES.get(s.backbone, UNKNOWN)}."""
+- the pretrained model, {s.backbone}: {backbone_files.LICENCES.get(s.backbone.partition("@")[0], UNKNOWN)}."""
 
 
 def _limits(course: Course) -> str:
@@ -195,9 +189,8 @@ def _rows(table: dict[str, Any]) -> str:
 
 
 def _percent(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{100 * values[0]:.1f} % (one classifier)"
-    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f} % ({len(values)} classifiers)"
+    classifiers = "one classifier" if len(values) == 1 else f"{len(values)} classifiers"
+    return f"{report.percent(values)} % ({classifiers})"
 
 
 def _size_category(count: int) -> str:

@@ -168,22 +168,14 @@ def _write_folder(course: Course, folder: Path, parts: dict[str, Part]) -> dict:
 def _write_npz(course: Course, folder: Path, parts: dict[str, Part]) -> dict:
     """As `numpy.savez_compressed` would, but block by block."""
     size, names = course.data.image_size, course.data.class_names
-    kind = np.dtype(np.uint8 if len(names) <= 256 else np.int64)
+    kind = np.uint8 if len(names) <= 256 else np.int64
     with zipfile.ZipFile(folder / f"{course.data.slug}.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-
-        def write(name: str, dtype: np.dtype, shape: tuple[int, ...], blocks) -> None:
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for block in blocks:
-                    file.write(np.ascontiguousarray(block, dtype).tobytes())
-
         for part, content in parts.items():
             images, labels = (image for image, _ in content.blocks()), (label for _, label in content.blocks())
-            write(f"{part}_images", np.dtype(np.uint8), (content.count, size, size, 3), images)
-            write(f"{part}_labels", kind, (content.count, 1), labels)
+            runs.write_npy(archive, f"{part}_images", np.uint8, (content.count, size, size, 3), images)
+            runs.write_npy(archive, f"{part}_labels", kind, (content.count, 1), labels)
         text = np.array(names)  # not of MedMNIST's layout, whose readers pass over it; `data.load` reads it
-        write("class_names", text.dtype, text.shape, [text])
+        runs.write_npy(archive, "class_names", text.dtype, text.shape, [text])
     return {}
 
 

@@ -13,11 +13,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -143,6 +145,16 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
         mode = temporary.stat().st_mode  # as of any new file here; safetensors lets nobody else read its own
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
         temporary.chmod(mode)
+
+
+def write_npy(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...], pieces: Iterable) -> None:
+    """An array of ``shape`` as member ``name`` of an .npz archive, from pieces along its first axis: what `numpy.savez`
+    would write, without holding it whole."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype).tobytes())
 
 
 def save_json(path: Path, value: Any) -> None:

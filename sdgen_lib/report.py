@@ -259,7 +259,8 @@ def confusions(matrices: dict[str, np.ndarray], class_names: Sequence[str]) -> F
 # --- tables ---
 
 
-def _percent(values: Sequence[float]) -> str:
+def percent(values: Sequence[float]) -> str:
+    """Fractions -> "94.1 ± 0.7": their mean in percent and, of several, the standard deviation."""
     spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * np.mean(values):.1f}{spread}"
 
@@ -275,7 +276,7 @@ def table_1(run_path: Path, dataset: str) -> pd.DataFrame:
     """
     rows = runs.load_json(Path(run_path) / "table_1.json", {})
     ours = {
-        step: {f"CAS %{_note(rows)}": _percent(row["test"]),
+        step: {f"CAS %{_note(rows)}": percent(row["test"]),
                "IS": row["point"]["IS"], "UGS": round(row["point"]["UGS"], 2),
                "epochs": "/".join(str(row["point"][f"{p}_epoch"] or "-") for p in ("transfer", "finetune")),
                "images": row["num_images"], "generation s": round(row["seconds"], 1)}
@@ -292,7 +293,7 @@ def table_2(run_path: Path, dataset: str) -> pd.DataFrame:
     """Our table 2: accuracy on real test images of classifiers trained on real images, and on x1 .. xK."""
     rows = runs.load_json(Path(run_path) / "table_2.json", {})
     ours = {
-        name: {"accuracy %": _percent(row["test"]), "training images": row["num_images"]} for name, row in rows.items()
+        name: {"accuracy %": percent(row["test"]), "training images": row["num_images"]} for name, row in rows.items()
     }
     table = pd.DataFrame(ours)
     name = paper.name_of(dataset)

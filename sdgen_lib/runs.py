@@ -27,12 +27,13 @@ from .files import (
     save_tensors,
     whole_file,
     whole_folder,
+    write_npy,
 )
 from .settings import Settings, shown
 
 __all__ = ["DamagedFile", "discard", "forget_checksum", "is_whole", "load_json", "load_tensors", "note_checksum"]
 __all__ += ["save_json", "save_tensors", "whole_file", "whole_folder", "Run", "STEP_FIELDS", "default_runs_dir"]
-__all__ += ["one_at_a_time"]
+__all__ += ["one_at_a_time", "write_npy"]
 
 VERSIONS = ("torch", "diffusers", "transformers", "optuna", "numpy")
 

@@ -27,15 +27,9 @@ Draw = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def _save(path: Path, images: Iterator[np.ndarray], shape: tuple[int, ...], labels: torch.Tensor) -> None:
-    """What ``numpy.savez`` writes of uint8 images of ``shape`` and labels; the images come in pieces."""
     with runs.whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open("images.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for piece in images:
-                file.write(np.ascontiguousarray(piece).data)
-        with archive.open("labels.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array(file, labels.numpy())
+        runs.write_npy(archive, "images", np.uint8, shape, images)
+        runs.write_npy(archive, "labels", np.int64, tuple(labels.shape), [labels.numpy()])
 
 
 def make_block(
