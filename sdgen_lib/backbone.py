@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import backbone_files, lora, memory
@@ -29,6 +30,11 @@ class Backbone:
     dtype: torch.dtype  # of matrix products, and of the frozen UNet's weights
     prediction: str = "epsilon"  # or "v_prediction": what the UNet itself answers with
     source: backbone_files.Source | None = None
+
+    def __post_init__(self):
+        if self.device == "cpu" and self.dtype == torch.bfloat16:
+            # PyTorch's fused attention is slow here, its backward pass most: three plain products beat it (`bench`).
+            self.unet.set_attn_processor(AttnProcessor())
 
     @property
     def image_size(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import backbone, devices
@@ -53,6 +54,7 @@ def load(name: str, device: str, precision: str) -> backbone.Backbone:
 def pipeline_of(model: backbone.Backbone, dtype: torch.dtype) -> StableDiffusionPipeline:
     """diffusers' own pipeline on copies of the same weights, in ``dtype``."""
     unet, vae = (copy.deepcopy(part) for part in (model.unet, model.vae))
+    unet.set_attn_processor(AttnProcessor2_0())  # what diffusers itself would have chosen
     found = StableDiffusionPipeline(
         vae=torch.nn.Module.to(vae, dtype), unet=torch.nn.Module.to(unet, dtype), text_encoder=None, tokenizer=None,
         scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="linspace", steps_offset=1),
