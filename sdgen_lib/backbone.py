@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import backbone_files, lora, memory
-from .devices import autocast, compute_dtype, default_device
+from .devices import autocast, compiled, compute_dtype, default_device
 
 
 @dataclasses.dataclass
@@ -35,6 +36,7 @@ class Backbone:
         if self.device == "cpu" and self.dtype == torch.bfloat16:
             # PyTorch's fused attention is slow here, its backward pass most: three plain products beat it (`bench`).
             self.unet.set_attn_processor(AttnProcessor())
+        self._fast: dict[int, Callable | None] = {}  # by number of latents
 
     @property
     def image_size(self) -> int:
@@ -71,13 +73,32 @@ class Backbone:
         A model that predicts v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022, appendix D)
         is translated: noise = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t.
         """
-        weights = self.unet.dtype
+        weights, unet = self.unet.dtype, self.unet
+        if weights == self.dtype and not torch.is_grad_enabled():
+            unet = self._fast.get(len(latents)) or unet
         with contextlib.nullcontext() if weights == self.dtype else self.autocast():
-            predicted = self.unet(latents.to(weights), t, encoder_hidden_states=context.to(weights)).sample
+            predicted = unet(latents.to(weights), t, encoder_hidden_states=context.to(weights)).sample
         if self.prediction == "epsilon":
             return predicted
         alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * predicted.float() + (1 - alpha_bar).sqrt() * latents
+
+    def compile_unet(self, batch: int) -> None:
+        """From now on ``batch`` latents at once, no more and no fewer, pass a compiled UNet while no gradient is asked.
+
+        Each number of latents would be compiled anew. Two CPU cores take 40 s for the tiny model, 5 s in later
+        processes, and then pass it at nearly twice the speed; Stable Diffusion's UNet they pass more slowly.
+        """
+        if batch not in self._fast:
+            latents = torch.zeros(batch, *self.latent_shape, device=self.device, dtype=self.dtype)
+            t = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            context = torch.zeros(batch, self.tokens, self.width, device=self.device, dtype=self.dtype)
+            self._fast[batch] = compiled(self.unet, latents, t, encoder_hidden_states=context)
+
+    @property
+    def gains_by_compiling(self) -> bool:
+        """Where it was measured to: a small UNet on a CPU, whose time goes into many small steps."""
+        return self.device == "cpu" and sum(p.numel() for p in self.unet.parameters()) < 50_000_000
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor | None:
         """What makes the squared error of the noise that of the UNet's own target: (B,), or None for 1.

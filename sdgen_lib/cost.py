@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .tune import Space
 
 PRUNED_SHARE = 0.6  # of the classifier epochs a pruner lets run, roughly: a third of trials in full, the rest a third
+COMPILED_SHARE = 0.55  # of an uncompiled pass's time, on two CPU cores (see `Backbone.compile_unet`)
 STEPS = ("1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets")
 
 
@@ -49,7 +50,7 @@ def measure(course: Course) -> dict[str, float]:
     """Seconds per image on this machine of each of `KINDS`: a UNet pass, one more with the gradient of its context
     (step 1), one with the gradient of its weights (step 3), the VAE's two halves, a step of classifier training."""
     s, side = course.settings, course.data.image_size
-    of = (s.backbone, side, course.data.num_classes, *(getattr(s, name) for name in MEASURED_WITH))
+    of = (s.backbone, side, course.data.num_classes, course.compiles, *(getattr(s, name) for name in MEASURED_WITH))
     if of in _measured:
         return _measured[of]
     model = course.backbone
@@ -87,6 +88,8 @@ def measure(course: Course) -> dict[str, float]:
     net = ResNet20(course.data.num_classes, s.classifier_width, dtype, s.classifier_shortcut)
     net = net.to(device, memory_format=torch.channels_last)
     found["classifier"] = _seconds(s.classifier_batch_size, lambda n: classifier(n).backward())
+    if course.compiles:  # compiling only to measure would take longer than many a step
+        found["pass"] *= COMPILED_SHARE
     _measured[of] = found
     return found
 

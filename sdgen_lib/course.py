@@ -76,6 +76,17 @@ class Course:
         return backbones.load(self.settings.backbone, precision=self.settings.precision)
 
     @functools.cached_property
+    def compiles(self) -> bool:
+        """Whether the UNet is compiled for sampling: as ``compile_unet`` says, or (auto) where that was measured to be
+        faster and the run's searches and sets take so many passes that it makes up for the minute it takes."""
+        s = self.settings
+        if s.compile_unet == "auto":
+            steps = ("2_tune", "4_retune", "5_datasets")
+            passes = sum(cost.count(s, step, len(self.data.train), len(self.data.val))["pass"] for step in steps)
+            return self.backbone.gains_by_compiling and passes >= 100_000
+        return s.compile_unet == "yes"
+
+    @functools.cached_property
     def latents(self) -> dict[str, train.Latents]:
         """The train and val splits after the VAE, encoded once and kept in the run folder."""
         path = self.run.path / "latents.safetensors"
@@ -141,6 +152,8 @@ class Course:
         """Images of ``labels`` at a point {IS, UGS, transfer_epoch, finetune_epoch}: uint8, the classifier's size."""
         if self._loaded != (wanted := (point["transfer_epoch"], point["finetune_epoch"])):
             self.use(*wanted)
+        if len(labels) >= self.settings.sample_batch_size and self.compiles:
+            self.backbone.compile_unet(2 * self.settings.sample_batch_size)  # guidance passes each image twice
         return generate(
             self.backbone, self._encoder, labels, num_inference_steps=point["IS"], guidance_scale=point["UGS"],
             seed=self.settings.seed, set_name=set_name, first_index=first_index, image_size=self.data.image_size,

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,3 +49,26 @@ def autocast(device: str | torch.device, dtype: torch.dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+def compiled(module: torch.nn.Module, *example: Any, **named: Any) -> Callable | None:
+    """``module``'s forward pass compiled by TorchInductor for arguments of the shapes of these, without gradients.
+
+    None, and a line that says why, where it cannot be compiled: for lack of a C++ compiler, most often. What was
+    compiled stays in TorchInductor's cache folder, from which the next process takes it within seconds.
+    """
+    print(f"Compiling the {type(module).__name__}, once: up to a minute ...", file=sys.stderr, flush=True)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of a machine without a GPU, among others
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            fast = torch.compile(module.forward, dynamic=False)
+            fast(*example, **named)
+        return fast
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(f"It stays uncompiled, which is slower: {reason}", file=sys.stderr, flush=True)
+        return None
+    finally:
+        logging.disable(before)

@@ -22,6 +22,7 @@ CHOICES = {
     "finetune_method": ("full", "lora"),
     "optimizer": ("auto", "adamw", "adamw-8bit"),
     "keep_unets": ("all", "used"),
+    "compile_unet": ("auto", "yes", "no"),
     "classifier_shortcut": ("subsample", "max_pool"),
     "class_mix": ("real", "balanced"),
     "larger_sets": ("nested", "random"),
@@ -76,6 +77,7 @@ class Settings:
     # Sampling and the searches of steps 2 and 4. Section 3, steps 2 and 4.
     sampler: str = "ddim"
     sample_batch_size: int = 128
+    compile_unet: str = "auto"  # for sampling; auto: where it was measured to pay (see Course.compiles)
     default_steps: int = 50  # Stable Diffusion's own defaults, the row "after 1"
     default_guidance: float = 7.5
     n_trials: int = 50

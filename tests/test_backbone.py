@@ -164,6 +164,41 @@ def test_bf16_halves_the_weights_and_comes_near_fp32(tiny):
     assert 0 < (exact - near).abs().max() < 0.15
 
 
+def test_a_compiled_unet_passes_what_it_was_compiled_for(tiny_copy, monkeypatch):
+    """Just that many latents, without gradients, in the precision it is held in; all else as before."""
+    passed = []
+
+    def compiled(unet, *example, **named):
+        assert example[0].shape == (2, *tiny_copy.latent_shape) and example[0].dtype == unet.dtype
+
+        def fast(latents, *rest, **named):
+            passed.append(len(latents))
+            return unet(latents, *rest, **named)
+
+        return fast
+
+    monkeypatch.setattr(backbone, "compiled", compiled)
+    assert tiny_copy.gains_by_compiling
+    for _ in range(2):
+        tiny_copy.compile_unet(2)
+
+    def answer(n):
+        zeros = torch.zeros(n, *tiny_copy.latent_shape), torch.zeros(n, dtype=torch.int64)
+        return tiny_copy.predict_noise(*zeros, torch.zeros(n, tiny_copy.tokens, tiny_copy.width))
+
+    answer(2)
+    with torch.no_grad():
+        found = answer(2), answer(1), answer(4)
+    assert passed == [2]
+    torch.testing.assert_close(found[0], answer(2))
+    tiny_copy.dtype = torch.bfloat16  # as while the whole UNet trains: weights of 32 bits, products of 16
+    with torch.no_grad():
+        answer(2)
+    assert passed == [2]
+    monkeypatch.setattr(backbone, "compiled", lambda *example, **named: None)  # where there is no compiler
+    tiny_copy.compile_unet(3), answer(3)
+
+
 def test_set_unet_goes_there_and_back(tiny_copy):
     """What is stored in 16 bits is still the file's when more digits are asked for."""
     pretrained = {name: value.clone() for name, value in tiny_copy.unet.state_dict().items()}

@@ -12,6 +12,7 @@ from PIL import Image
 from sdgen_lib import backbone, classifier, runs, train, tune
 from sdgen_lib import course as courses
 from sdgen_lib.course import ROWS, Course
+from sdgen_lib.settings import resolve
 
 # --- the finished run ---
 
@@ -391,3 +392,20 @@ def test_a_unet_tuned_with_another_class_encoder_is_refused(finished, tmp_path):
     runs.save_json(course.run.path / "manifest.json", manifest)
     with pytest.raises(ValueError, match="3_finetune"):
         course.finetune()
+
+
+def test_the_unet_is_compiled_where_that_pays(micro, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(backbone.Backbone, "compile_unet", lambda self, batch: asked.append(batch))
+    point, labels = {"transfer_epoch": 1, "finetune_epoch": None, "IS": 2, "UGS": 2.0}, torch.arange(9) % 10
+    auto = Course(micro(tmp_path, sample_batch_size=8))
+    auto.draw(point, labels, "any")
+    assert not auto.compiles and not asked  # so small a run is over before the compiler is
+    told = Course(micro(tmp_path, sample_batch_size=8, compile_unet="yes"))
+    told.draw(point, labels[:7], "any")
+    assert not asked  # no batch is whole
+    told.draw(point, labels, "any")
+    assert asked == [16]
+    assert Course(resolve(recipe="demo", backbone="tiny", runs_dir=str(tmp_path))).compiles
+    never = resolve(recipe="paper", backbone="tiny", runs_dir=str(tmp_path), compile_unet="no")
+    assert not Course(never).compiles

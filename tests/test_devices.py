@@ -1,5 +1,7 @@
 """Number formats by name and by processor."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -36,3 +38,25 @@ def test_autocast_keeps_weights_and_fp32():
         assert layer(x).dtype == torch.bfloat16 and layer.weight.dtype == torch.float32
     with devices.autocast("cpu", torch.float32):
         assert layer(x).dtype == torch.float32
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler here")
+def test_a_compiled_module_answers_as_before(layer, capsys):
+    fast = devices.compiled(layer, torch.zeros(5, 8))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(fast(x), layer(x))
+    assert fast is not None and "Compiling the Sequential, once" in capsys.readouterr().err
+
+
+def test_without_a_compiler_nothing_is_compiled_and_a_line_says_so(layer, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-such-compiler")))
+    assert devices.compiled(layer, torch.zeros(6, 8)) is None
+    said = capsys.readouterr().err
+    assert "stays uncompiled" in said and "no-such-compiler" in said and len(said.splitlines()) == 2

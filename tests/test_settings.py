@@ -85,7 +85,7 @@ def test_every_fixed_setting_has_a_source():
     """What a recipe for the paper or its code must name: all but the project's own choices."""
     ours = {
         "dataset", "recipe", "seed", "runs_dir", "storage", "given", "precision", "class_encoder_start", "lora_rank",
-        "optimizer",
+        "optimizer", "compile_unet",
         "gradient_checkpointing", "keep_unets", "sample_batch_size", "default_steps", "default_guidance",
         "classifier_epoch_images", "classifier_epoch_limit", "classifier_seeds",
     }  # fmt: skip
