@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from . import backbone as backbones
 from . import classifier, cost, data, devices, lora, runs, shards, train, tune
 from .class_encoder import ClassEncoder
+from .ranks import ALONE, Ranks
 from .sample import balanced_labels, generate
 from .settings import Settings, followed
 
@@ -163,41 +165,52 @@ class Course:
 
     # --- the steps ---
 
-    @runs.one_at_a_time()
-    def _fit(self, step: str, title: str, parts: Callable[[], tuple[dict, ClassEncoder]], **facts: Any) -> pd.DataFrame:
-        """A training step, unless it is done; ``parts()`` -> (parameters that train, by name; the Class-Encoder)."""
-        folder, prefix = self.run.folder(step), step[2:]
-        state = folder / "state.safetensors"  # is only needed to go on
-        if self.run.is_done(step) and (history := runs.load_json(folder / "history.json")):
-            runs.discard(state)
-            return pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
-        s = self.settings
-        print(f"Step {step[0]}: {title} ({cost.text(self, step)}).")
-        asked = {**{name: getattr(s, name) for name in runs.STEP_FIELDS[step]}, **facts}
-        if runs.load_json(folder / "settings.json") != asked:  # what an earlier attempt left is of other settings
-            shutil.rmtree(folder)
-            runs.save_json(folder / "settings.json", asked)
-        start = time.perf_counter()
-        trainable, encoder = parts()
-        history = train.fit(
-            trainable, self.backbone, encoder, self.latents["train"], self.latents["val"], folder,
-            epochs=getattr(s, f"{prefix}_epochs"), batch_size=getattr(s, f"{prefix}_batch_size"),
-            learning_rate=getattr(s, f"{prefix}_learning_rate"), weight_decay=s.weight_decay, clip_norm=s.clip_norm,
-            seed=s.seed, unconditional=s.unconditional, optimizer=s.optimizer,
-            gradient_checkpointing=s.gradient_checkpointing, title=title,
-        )  # fmt: skip
-        self.run.record(step, time.perf_counter() - start, revision=self.backbone.source.revision, **facts)
-        runs.discard(state)
-        return history
+    def _fit(
+        self, step: str, title: str, parts: Callable[[], tuple[dict, ClassEncoder]], ranks: Ranks, **facts: Any
+    ) -> pd.DataFrame:
+        """A training step, unless it is done; ``parts()`` -> (parameters that train, by name; the Class-Encoder).
 
-    def transfer(self) -> pd.DataFrame:
+        Several ``ranks`` train together; the first alone holds the step's lock and writes its files.
+        """
+        with self.run.lock(step) if ranks.first else contextlib.nullcontext():
+            ranks.wait()
+            folder, prefix, s = self.run.folder(step), step[2:], self.settings
+            state = folder / "state.safetensors"  # is only needed to go on
+            if self.run.is_done(step) and (history := runs.load_json(folder / "history.json")):
+                ranks.wait()
+                if ranks.first:
+                    runs.discard(state)
+                return pd.DataFrame(history, index=pd.RangeIndex(1, len(history) + 1, name="epoch"))
+            asked = {**{name: getattr(s, name) for name in runs.STEP_FIELDS[step]}, **facts}
+            if ranks.first:
+                print(f"Step {step[0]}: {title} ({cost.text(self, step)}).")
+                if runs.load_json(folder / "settings.json") != asked:  # what an earlier attempt left is of others
+                    shutil.rmtree(folder)
+                    runs.save_json(folder / "settings.json", asked)
+            ranks.wait()
+            start = time.perf_counter()
+            trainable, encoder = parts()
+            history = train.fit(
+                trainable, self.backbone, encoder, self.latents["train"], self.latents["val"], folder,
+                epochs=getattr(s, f"{prefix}_epochs"), batch_size=getattr(s, f"{prefix}_batch_size"),
+                learning_rate=getattr(s, f"{prefix}_learning_rate"), weight_decay=s.weight_decay, clip_norm=s.clip_norm,
+                seed=s.seed, unconditional=s.unconditional, optimizer=s.optimizer,
+                gradient_checkpointing=s.gradient_checkpointing, ranks=ranks, title=title,
+            )  # fmt: skip
+            if ranks.first:
+                self.run.record(step, time.perf_counter() - start, revision=self.backbone.source.revision, **facts)
+                runs.discard(state)
+            ranks.wait()  # until it is on record: whoever sees it missing would train it again, alone
+            return history
+
+    def transfer(self, ranks: Ranks = ALONE) -> pd.DataFrame:
         """Step 1: trains the Class-Encoder alone. The loss curve, one row per epoch (see `train.fit`)."""
 
         def parts():
             encoder = self.new_class_encoder()
             return dict(encoder.named_parameters()), encoder
 
-        return self._fit("1_transfer", "Class-Encoder", parts)
+        return self._fit("1_transfer", "Class-Encoder", parts, ranks)
 
     def _search(self, step: str, *how: Any) -> optuna.Study:
         """A search, alone or, with ``storage`` given, together with every process that was given the same one."""
@@ -258,7 +271,7 @@ class Course:
 
         return self._search("2_tune", s.n_trials, space, point_of, on_trial)
 
-    def finetune(self) -> pd.DataFrame:
+    def finetune(self, ranks: Ranks = ALONE) -> pd.DataFrame:
         """Step 3: fine-tunes the UNet alone, with the Class-Encoder of the best epoch of step 2."""
 
         epoch = self.search().best_params["epoch"]
@@ -276,11 +289,13 @@ class Course:
             encoder, model, s = self.use(epoch), self.backbone, self.settings
             self._loaded = None  # what is about to train is no checkpoint
             if s.finetune_method == "lora":
-                return lora.add(model.unet, s.lora_rank), encoder
+                with torch.random.fork_rng():
+                    torch.manual_seed(s.seed)
+                    return lora.add(model.unet, s.lora_rank), encoder
             model.set_unet(dtype=torch.float32)  # what trains needs more digits than what is frozen
             return dict(model.unet.named_parameters()), encoder
 
-        return self._fit("3_finetune", "UNet", parts, transfer_epoch=epoch)
+        return self._fit("3_finetune", "UNet", parts, ranks, transfer_epoch=epoch)
 
     def _check_disk(self) -> None:
         """Says what step 3 will keep, if it is much; raises OSError where the disk has no room for it."""
@@ -398,7 +413,7 @@ class Course:
         """Where the synthetic set samples, and with which class mix: what a block is noted to be of."""
         return {**self.point("after 4"), "class_mix": self.settings.class_mix}
 
-    def make_block(self, block: int, rank: int = 0, ranks: int = 1, wait=lambda: None, progress=None) -> Path:
+    def make_block(self, block: int, ranks: Ranks = ALONE, progress: str | None = None) -> Path:
         """The file of block ``block`` (1, 2, .., 0 for one apart) of the synthetic set, made if missing.
 
         See `shards.make_block`.
@@ -408,8 +423,7 @@ class Course:
         set_name, first_index = ("synthetic", (block - 1) * len(labels)) if block else ("synthetic x1", 0)
         shards.make_block(
             path, lambda labels, first: self.draw(point, labels, set_name, first), labels, point,
-            first_index=first_index, batch_size=self.settings.sample_batch_size, rank=rank, ranks=ranks, wait=wait,
-            progress=progress,
+            first_index=first_index, batch_size=self.settings.sample_batch_size, ranks=ranks, progress=progress,
         )  # fmt: skip
         return path
 

@@ -67,16 +67,16 @@ def _refuse_link(path: Path, base: Path) -> None:
         raise ValueError(f"{path} is a link that leads out of {base}, to {where}: delete it or give another runs_dir.")
 
 
-def one_at_a_time(step: str | None = None) -> Callable:
+def one_at_a_time(step: str) -> Callable:
     """A decorator: while one process is in this step of a run, another one waits, and then finds it done.
 
-    Of a method of something with a ``run``; without ``step`` the method's first argument names it.
+    Of a method of something with a ``run``.
     """
 
     def decorate(method: Callable) -> Callable:
         @functools.wraps(method)
         def guarded(self, *args, **options):
-            with self.run.lock(step or args[0]):
+            with self.run.lock(step):
                 return method(self, *args, **options)
 
         return guarded

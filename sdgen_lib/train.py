@@ -16,6 +16,7 @@ from . import memory, runs
 from .backbone import Backbone
 from .class_encoder import ClassEncoder
 from .diffusion import diffusion_loss
+from .ranks import ALONE, Ranks
 
 FIXED_NOISES = 2  # noises per held-out latent: enough that the loss of two epochs can be compared
 
@@ -120,7 +121,7 @@ def fit(
     trainable: Mapping[str, nn.Parameter], backbone: Backbone, class_encoder: ClassEncoder, train: Latents,
     held_out: Latents, folder: Path, *, epochs: int, batch_size: int, learning_rate: float, weight_decay: float,
     clip_norm: float, seed: int, unconditional: str = "zero", optimizer: str = "auto",
-    gradient_checkpointing: bool = False, title: str = "training",
+    gradient_checkpointing: bool = False, ranks: Ranks = ALONE, title: str = "training",
 ) -> pd.DataFrame:  # fmt: skip
     """Trains ``trainable`` with the diffusion loss: parameters, by name, of the Class-Encoder or the backbone's UNet.
 
@@ -128,6 +129,7 @@ def fit(
     Every epoch leaves a checkpoint ``epoch_001.safetensors`` .. in ``folder``, and the state from which a killed
     training goes on to the same result: each epoch's order, timesteps and noise come from (seed, epoch) alone.
 
+    Several ``ranks`` share each batch and add their gradients up: the result is one process's, up to rounding.
     Where the accelerator's memory runs out, gradient checkpointing is switched on, then a batch goes through in parts
     whose gradients add up to the batch's; the part size is kept in ``folder/micro_batch.json``. float16 scales the
     loss. Returns one row per epoch, index ``epoch``: train (loss), and right, wrong, empty (see `held_out_losses`).
@@ -155,6 +157,7 @@ def fit(
             scaler.load_state_dict({**scaler.state_dict(), "scale": float(state["loss_scale"])})
     else:
         history = []
+    ranks.wait()  # until all of them have read where to go on from
 
     def relief() -> bool:
         if backbone.unet.is_gradient_checkpointing:
@@ -167,14 +170,16 @@ def fit(
         backbone.unet.enable_gradient_checkpointing()
     micro = memory.MicroBatch(min(known["size"], batch_size), relief)
 
-    bar = tqdm(total=epochs, initial=len(history), desc=title, unit="epoch")
+    bar = tqdm(total=epochs, initial=len(history), desc=title, unit="epoch", disable=not ranks.first)
     for epoch in range(len(history) + 1, epochs + 1):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         losses: list[torch.Tensor] = []  # of each batch; looked at once an epoch, so that a card need not wait
         for step, rows in enumerate(torch.randperm(n, generator=generator).split(batch_size)):
             t = torch.randint(0, len(backbone.alphas_cumprod), (len(rows),), generator=generator)
             noise = torch.randn(len(rows), *train.latents.shape[1:], generator=generator)
-            rows, t, noise = rows.to(train.labels.device), t.to(backbone.device), noise.to(backbone.device)
+            whole, mine = len(rows), slice(ranks.rank, None, ranks.count)
+            rows, t = rows[mine].to(train.labels.device), t[mine].to(backbone.device)
+            noise = noise[mine].to(backbone.device)
             batch_losses: list[torch.Tensor] = []
 
             def begin():
@@ -186,11 +191,16 @@ def fit(
                     backbone.predict_noise, train.latents[rows[part]],
                     class_encoder.contexts()[train.labels[rows[part]]], t[part], noise[part],
                     backbone.alphas_cumprod, backbone.loss_weight(t[part]),
-                ) * (len(rows[part]) / len(rows))  # fmt: skip
+                ) * (len(rows[part]) / whole)  # fmt: skip
                 scaler.scale(loss).backward()
                 batch_losses.append(loss.detach())
 
             micro.run(len(rows), begin, work)
+            batch_loss = sum(batch_losses, start=torch.zeros((), device=backbone.device))
+            if ranks.count > 1:
+                for p in parameters:  # there were fewer rows than ranks
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                ranks.add_up([batch_loss, *(p.grad for p in parameters)])
             done = (epoch - 1) * steps_per_epoch + step
             for group in adam.param_groups:
                 group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * done / total_steps))
@@ -198,7 +208,7 @@ def fit(
             nn.utils.clip_grad_norm_(parameters, clip_norm)
             scaler.step(adam)
             scaler.update()
-            losses.append(torch.stack(batch_losses).sum() * (len(rows) / n))
+            losses.append(batch_loss * (whole / n))
         train_loss = torch.stack(losses).cpu()
         if not torch.isfinite(train_loss).all():
             first = int((~torch.isfinite(train_loss)).nonzero()[0])
@@ -210,16 +220,17 @@ def fit(
         away_from = class_encoder.unconditional(unconditional, empty_prompt)
         kinds = held_out_losses(backbone, class_encoder, held_out, away_from)
         history.append({"train": float(train_loss.sum()), **kinds})
-        large = sum(p.numel() for p in parameters) > 1_000_000  # a UNet: half precision halves the disk
-        kept = {name: p.half() if large else p for name, p in trainable.items()}
-        runs.save_tensors(checkpoint_path(folder, epoch), kept)
-        runs.save_json(folder / "history.json", history)
-        runs.save_tensors(state_path, {"epoch": torch.tensor(epoch), "loss_scale": torch.tensor(scaler.get_scale()),
-                                       **{f"model.{name}": p for name, p in trainable.items()},
-                                       **_optimizer_tensors(adam)})  # fmt: skip
-        used = {"size": micro.size, "gradient_checkpointing": backbone.unet.is_gradient_checkpointing}
-        if used != known:
-            runs.save_json(folder / "micro_batch.json", used)
+        if ranks.first:
+            large = sum(p.numel() for p in parameters) > 1_000_000  # a UNet: half precision halves the disk
+            kept = {name: p.half() if large else p for name, p in trainable.items()}
+            runs.save_tensors(checkpoint_path(folder, epoch), kept)
+            runs.save_json(folder / "history.json", history)
+            runs.save_tensors(state_path, {"epoch": torch.tensor(epoch), "loss_scale": torch.tensor(scaler.get_scale()),
+                                           **{f"model.{name}": p for name, p in trainable.items()},
+                                           **_optimizer_tensors(adam)})  # fmt: skip
+            used = {"size": micro.size, "gradient_checkpointing": backbone.unet.is_gradient_checkpointing}
+            if used != known:
+                runs.save_json(folder / "micro_batch.json", used)
         bar.set_postfix({name: f"{value:.4f}" for name, value in history[-1].items()})
         bar.update()
     bar.close()

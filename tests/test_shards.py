@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from sdgen_lib import runs, shards
+from sdgen_lib import files, runs, shards
+from sdgen_lib.course import Course
+from sdgen_lib.ranks import Ranks
 from sdgen_lib.settings import resolve
 from tests import soak
 
@@ -67,7 +69,7 @@ def test_ranks_share_a_block(folder, ranks):
     make(folder / "alone.npz", alone)
     runs.save_json(folder / "shared.json", POINT)
     for rank in reversed(range(ranks)):
-        make(folder / "shared.npz", painters[rank], rank=rank, ranks=ranks)
+        make(folder / "shared.npz", painters[rank], ranks=Ranks(rank, ranks))
     assert (folder / "shared.npz").read_bytes() == (folder / "alone.npz").read_bytes()
     drawn = [batch for painter in painters for batch in painter.drawn]
     assert sorted(drawn) == alone.drawn
@@ -131,28 +133,50 @@ def command(*words, cwd):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_with_two_processes_makes_the_set_of_one(tmp_path):
+def test_two_processes_train_and_draw_what_one_does(tmp_path):
+    """Under `accelerate launch`: the trainings up to rounding, the set byte for byte."""
     soak.write_dataset(tmp_path / "small.npz")
-    given = {**soak.SMALL, "dataset": str(tmp_path / "small.npz"), "runs_dir": str(tmp_path / "runs")}
-    parameters = [word for name, value in given.items() for word in ("-p", name, value)]
-    said = command("sdgen_lib.shards", *parameters, "--blocks", 2, cwd=tmp_path)
-    assert "holds the blocks" in said
-    (run,) = (tmp_path / "runs").glob("*/*/")
-    one = {path.name: path.read_bytes() for path in (run / "5_datasets").iterdir()}
-    assert set(one) == {f"block_0{k}.{kind}" for k in (1, 2) for kind in ("npz", "json")}
-    shutil.rmtree(run / "5_datasets")
-    launch = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0)  # fmt: skip
-    said = command(*launch, "-m", "sdgen_lib.shards", *parameters, "--blocks", 2, cwd=tmp_path)
+    given = {**soak.SMALL, "dataset": str(tmp_path / "small.npz")}
+
+    def launch(*how, runs_dir="runs"):
+        words = {**given, "runs_dir": str(tmp_path / runs_dir)}.items()
+        parameters = [word for name, value in words for word in ("-p", name, value)]
+        return command(*how, "sdgen_lib.launch", *parameters, "--blocks", 2, cwd=tmp_path)
+
+    said = launch("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", 2,
+                  "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0,
+                  "-m")  # fmt: skip
     assert said.count("holds the blocks, made by 2 processes") == 1  # one of them says so
-    assert {path.name: path.read_bytes() for path in (run / "5_datasets").iterdir()} == one
+    (run,) = (tmp_path / "runs").glob("*/*/")
+    both = {path.name: path.read_bytes() for path in (run / "5_datasets").iterdir()}
+    assert set(both) == {f"block_0{k}.{kind}" for k in (1, 2) for kind in ("npz", "json")}
+    trained = {path: path.read_bytes() for path in run.glob("?_*/epoch_*.safetensors")}
+    shutil.rmtree(run / "5_datasets")
+    assert "made by 1 processes" in launch()
+    assert {path.name: path.read_bytes() for path in (run / "5_datasets").iterdir()} == both
+    assert all(path.read_bytes() == content for path, content in trained.items())
+
+    alone = Course(resolve(**{**given, "runs_dir": str(tmp_path / "alone")}))
+    alone.transfer()
+    shutil.copytree(run, tmp_path / "runs again" / run.relative_to(tmp_path / "runs"))
+    again = Course(resolve(**{**given, "runs_dir": str(tmp_path / "runs again")}))  # from the same transfer and search
+    shutil.rmtree(again.run.path / "3_finetune")
+    with files.changed_manifest(again.run.path / files.MANIFEST) as manifest:
+        del manifest["steps"]["3_finetune"]
+    again.finetune()
+    for step, one in (("1_transfer", alone), ("3_finetune", again)):
+        for path in (one.run.path / step).glob("epoch_*.safetensors"):
+            ours, theirs = runs.load_tensors(path), runs.load_tensors(run / step / path.name)
+            for name in ours:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
+    assert {path.parent.name for path in trained} == {"1_transfer", "3_finetune"}
 
 
 MEMORY = """
 import json, os, resource, sys
 from pathlib import Path
 import torch
-from sdgen_lib import runs, shards
+from sdgen_lib import files, runs, shards
 from sdgen_lib.settings import resolve
 
 peaks = []
