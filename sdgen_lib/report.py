@@ -307,9 +307,10 @@ def steps_figure(run_path: Path, chance: float) -> Figure:
     rows = runs.load_json(Path(run_path) / "table_1.json", {})
     figure, ax = new_axes(size=(6.4, 3.4))
     names = sorted(rows)
-    ax.plot(names, [np.mean(rows[n]["test"]) for n in names], "-o", color=BLUE)
+    ax.plot(names, [np.mean(rows[n]["test"]) for n in names], "-o", color=BLUE, label="mean")
     for name in names:
-        ax.scatter([name] * len(rows[name]["test"]), rows[name]["test"], color=ORANGE, s=18, zorder=3)
+        dots = ax.scatter([name] * len(rows[name]["test"]), rows[name]["test"], color=ORANGE, s=18, zorder=3)
+    dots.set_label("each classifier")
     ax.axhline(chance, color=GREY, linestyle=":", label="chance")
     ax.set(ylabel="CAS (real test images)", ylim=(0, 1))
     ax.legend()
@@ -322,13 +323,13 @@ def scaling_figure(run_path: Path) -> Figure:
     rows = runs.load_json(Path(run_path) / "table_2.json", {})
     real, names = rows["real"]["test"], [n for n in rows if n != "real"]
     figure, ax = new_axes(size=(6.4, 3.4))
-    ax.axhline(np.mean(real), color=GREEN, label="trained on real images")
+    ax.axhline(np.mean(real), color=GREEN, linestyle="--", label="trained on real images")
     ax.axhspan(np.min(real), np.max(real), color=GREEN, alpha=0.15)
     means = np.array([np.mean(rows[n]["test"]) for n in names])
     errors = [means - [min(rows[n]["test"]) for n in names], [max(rows[n]["test"]) for n in names] - means]
     ax.errorbar(names, means, yerr=errors, fmt="-o", color=BLUE, capsize=4, label="trained on synthetic images")
     ax.set(xlabel="size of the synthetic set, times the real one", ylabel="accuracy on real test images")
-    ax.legend()
+    ax.legend(title=f"mean, lowest and highest of {len(real)}" if len(real) > 1 else None)
     _cas_axis(ax)
     return figure
 

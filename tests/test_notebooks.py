@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from sdgen_lib.settings import SHARED, Settings
+from tests import pictures
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[0-7]_*.ipynb"))
@@ -69,6 +70,14 @@ def test_links_between_the_texts_lead_somewhere():
     links = [(path, link) for path, text in texts.items() for link in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
     assert sum(link == "glossary.md" for _, link in links) == len(NOTEBOOKS)
     assert [(path.name, link) for path, link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_readmes_pictures_are_the_notebooks_and_are_described():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"!\[([^]]*)\]\(notebooks/pictures/(\w+)\.png\)", readme))
+    files = {path.stem: path.read_bytes() for path in (ROOT / "notebooks/pictures").glob("*.png")}
+    assert set(shown.values()) == set(files) and all(len(words) > 40 for words in shown)
+    assert files == pictures.stored(), "python -m tests.pictures copies them out again"
 
 
 def test_the_glossary_is_sorted_and_its_references_exist():
