@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -66,7 +67,7 @@ class Course:
             f"{len(d.test)} test images of {d.image_size}x{d.image_size} pixels",
             f"backbone  {s.backbone}, on {devices.default_device()}",
             f"recipe    {s.recipe}" + (f", with {changed}" if changed else ""),
-            f"follows   {followed(s)}",
+            textwrap.fill(f"follows   {followed(s)}", 120, subsequent_indent=" " * 10),
             f"seed      {s.seed}",
             f"results   {folder}",
         ])  # fmt: skip
