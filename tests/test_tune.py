@@ -16,6 +16,14 @@ SPACE = tune.Space((5, 20), (0.0, 7.5), (1, 4))
 # --- the plan ---
 
 
+def brackets_of(pruner):
+    """Optuna counts Hyperband's at the first report; successive halving is one."""
+    if isinstance(pruner, optuna.pruners.SuccessiveHalvingPruner):
+        return 1
+    pruner._try_initialization(None)
+    return pruner._n_brackets
+
+
 @pytest.mark.parametrize(
     ("n_trials", "n_epochs", "brackets"),
     [(16, 30, 1), (50, 100, 2), (2, 1, 1), (20, 40, 1), (4, 3, 1), (60, 27, 3), (100, 9, 2), (40, 81, 2), (10, 2, 1)],
@@ -23,18 +31,16 @@ SPACE = tune.Space((5, 20), (0.0, 7.5), (1, 4))
 def test_plan(n_trials, n_epochs, brackets):
     """One bracket for every 20 trials at most, and in each fewer start-up trials than trials."""
     pruner, sampler = tune.plan(n_trials, n_epochs, seed=0)
-    pruner._try_initialization(None)  # Optuna counts the brackets at the first report
-    assert pruner._n_brackets == brackets
+    assert brackets_of(pruner) == brackets
     assert sampler(0)._n_startup_trials < max(3, n_trials / brackets)
     assert sampler(0)._n_startup_trials <= 10
 
 
-@pytest.mark.parametrize(("n_trials", "n_epochs"), [(16, 30), (50, 100), (20, 40), (60, 27), (100, 9), (4, 3)])
+@pytest.mark.parametrize(("n_trials", "n_epochs"), [(16, 30), (50, 100), (20, 40), (60, 27), (100, 9), (4, 3), (18, 6)])
 def test_no_rung_lies_at_the_last_epoch(n_trials, n_epochs):
     """A trial that has trained to the end costs what a complete one costs: pruning it there would only hide it."""
     pruner, _ = tune.plan(n_trials, n_epochs, seed=0)
-    pruner._try_initialization(None)
-    rungs = {pruner._min_resource * 3 ** (bracket + k) for bracket in range(pruner._n_brackets) for k in range(9)}
+    rungs = {pruner._min_resource * 3 ** (bracket + k) for bracket in range(brackets_of(pruner)) for k in range(9)}
     assert n_epochs not in rungs and min(rungs) < n_epochs
 
 
@@ -160,7 +166,7 @@ def test_a_stopped_search_goes_on_as_an_unbroken_one(tmp_path, formula, digits, 
     images_of, state = formula
     whole = search(tune.open_study(tmp_path / "whole.log", "step 2"), images_of, digits, n_trials, epochs=27)
     expected = records(whole)
-    assert whole.pruner._n_brackets == (2 if n_trials > 39 else 1)
+    assert brackets_of(whole.pruner) == (2 if n_trials > 39 else 1)
     train_classifier, begun, stops = classifier.train_classifier, [], [9, 12]  # stops in these trials or later
 
     def stop_now(place):
@@ -176,7 +182,7 @@ def test_a_stopped_search_goes_on_as_an_unbroken_one(tmp_path, formula, digits, 
     def train_or_stop(images, *args, on_epoch, **options):
         def on_epoch_or_stop(number, model, value):
             on_epoch(number, model, value)
-            if number == 4:  # it has passed the first rung
+            if number == 7:  # it has passed the first rung
                 stop_now("classifier")
 
         return train_classifier(images, *args, on_epoch=on_epoch_or_stop, **options)
