@@ -155,14 +155,17 @@ class Course:
         """Images of ``labels`` at a point {IS, UGS, transfer_epoch, finetune_epoch}: uint8, the classifier's size."""
         if self._loaded != (wanted := (point["transfer_epoch"], point["finetune_epoch"])):
             self.use(*wanted)
-        if len(labels) >= self.settings.sample_batch_size and self.compiles:
-            self.backbone.compile_unet(2 * self.settings.sample_batch_size)  # guidance passes each image twice
+        self._compile_for(len(labels))
         return generate(
             self.backbone, self._encoder, labels, num_inference_steps=point["IS"], guidance_scale=point["UGS"],
             seed=self.settings.seed, set_name=set_name, first_index=first_index, image_size=self.data.image_size,
             antialias=self.settings.antialias, unconditional=self.settings.unconditional, sampler=self.settings.sampler,
             batch_size=self.settings.sample_batch_size, progress=progress,
         )  # fmt: skip
+
+    def _compile_for(self, num_images: int) -> None:
+        if num_images >= self.settings.sample_batch_size and self.compiles:
+            self.backbone.compile_unet(2 * self.settings.sample_batch_size)  # guidance passes each image twice
 
     # --- the steps ---
 
@@ -376,6 +379,7 @@ class Course:
         point = self.point(row)
         if not self._same(rows.get(row), point, self.settings.num_images):
             labels = balanced_labels(self.settings.num_images, self.data.num_classes)
+            self._compile_for(len(labels))  # its time is not generation's
             start = time.perf_counter()
             images = self.draw(point, labels, "table 1", progress=f"{row}: generating")
             seconds = time.perf_counter() - start
