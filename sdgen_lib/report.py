@@ -121,6 +121,9 @@ def _cas_axis(ax) -> None:
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
 
 
+KINDS = {False: (BLUE, "o", "complete"), True: (GREY, "X", "pruned")}  # of trials: told apart in grey, too
+
+
 def trials(study: optuna.Study, title: str = "") -> Figure:
     """Each trial as a point: IS against UGS, coloured by accuracy (pruned ones as crosses), and the best so far."""
     frame = tune.trials_frame(study)
@@ -146,7 +149,9 @@ def trials(study: optuna.Study, title: str = "") -> Figure:
     left.scatter([best.IS], [best.UGS], s=220, facecolor="none", edgecolor=ORANGE, linewidth=2, label="best")
     left.set(xlabel=LABELS["IS"], ylabel=LABELS["UGS"])
     left.legend(fontsize=8)
-    right.scatter(range(1, len(frame) + 1), frame.value, c=np.where(frame.pruned, GREY, BLUE), s=25)
+    for pruned, (colour, marker, label) in KINDS.items():
+        at = np.flatnonzero(frame.pruned == pruned)
+        right.scatter(at + 1, frame.value.iloc[at], color=colour, marker=marker, s=25, label=label)
     right.step(
         range(1, len(frame) + 1),
         frame.value.where(~frame.pruned).cummax().ffill(),
@@ -155,7 +160,9 @@ def trials(study: optuna.Study, title: str = "") -> Figure:
         label="best so far",
     )
     right.set(xlabel="trial", ylabel="accuracy on real images")
-    right.legend()
+    right.legend(fontsize=8)
+    for ax in (left, right):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _cas_axis(right)
     if title:
         figure.suptitle(title)
@@ -192,9 +199,9 @@ def slices(study: optuna.Study) -> Figure:
     frame = tune.trials_frame(study)
     figure, axes = new_axes(1, 3, size=(9.6, 3.0))
     for ax, name in zip(axes, tune.PARAMETERS):
-        for pruned, colour, label in ((False, BLUE, "complete"), (True, GREY, "pruned")):
+        for pruned, (colour, marker, label) in KINDS.items():
             part = frame[frame.pruned == pruned]
-            ax.scatter(part[name], part.value, color=colour, s=30, alpha=0.8, label=label)
+            ax.scatter(part[name], part.value, color=colour, marker=marker, s=30, alpha=0.8, label=label)
         ax.set(xlabel=LABELS[name])
         if name != "UGS":
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -225,10 +232,12 @@ def importance_bars(ours: pd.DataFrame, published: pd.DataFrame = paper.IMPORTAN
     for step in (2, 4):
         bars[f"published, mean of step {step}"] = published.xs(step, level="step").mean()
     positions, height = np.arange(len(tune.PARAMETERS)), 0.8 / len(bars)
-    colours = [BLUE, "#56B4E9", GREY, "#AAAAAA"]
-    for k, (label, row) in enumerate(bars.items()):
+    looks = [dict(color=c) for c in (BLUE, "#56B4E9")] * len(ours)
+    # The published ones hatched: told apart in grey, too.
+    looks = looks[: len(ours)] + [dict(color=c, hatch="///", edgecolor="white") for c in (GREY, "#AAAAAA")]
+    for k, ((label, row), look) in enumerate(zip(bars.items(), looks)):
         ax.barh(positions + (k - (len(bars) - 1) / 2) * height, [row[p] for p in tune.PARAMETERS], height * 0.9,
-                label=label, color=colours[k % 4])  # fmt: skip
+                label=label, **look)  # fmt: skip
     ax.set_yticks(positions, [LABELS[p] for p in tune.PARAMETERS])
     ax.invert_yaxis()
     ax.set(xlabel="share of the variance of the accuracy (fANOVA)", xlim=(0, 1))
