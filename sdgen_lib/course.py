@@ -62,15 +62,16 @@ class Course:
         s, d = self.settings, self.data
         folder = os.path.relpath(self.run.path)
         changed = ", ".join(f"{name}={getattr(s, name)!r}" for name in s.given if name != "backbone")
-        return "\n".join([
+        lines = [
             f"dataset   {s.dataset}: {d.num_classes} classes, {len(d.train)} training, {len(d.val)} validation and "
             f"{len(d.test)} test images of {d.image_size}x{d.image_size} pixels",
             f"backbone  {s.backbone}, on {devices.default_device()}",
             f"recipe    {s.recipe}" + (f", with {changed}" if changed else ""),
-            textwrap.fill(f"follows   {followed(s)}", 120, subsequent_indent=" " * 10),
+            f"follows   {followed(s)}",
             f"seed      {s.seed}",
-            f"results   {folder}",
-        ])  # fmt: skip
+        ]  # fmt: skip
+        how = dict(width=120, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
+        return "\n".join([*(textwrap.fill(line, **how) for line in lines), f"results   {folder}"])
 
     # --- the parts ---
 
