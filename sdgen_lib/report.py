@@ -118,7 +118,7 @@ def loss_curve(history: pd.DataFrame, title: str) -> Figure:
 
 
 def _cas_axis(ax) -> None:
-    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
 
 
 KINDS = {False: (BLUE, "o", "complete"), True: (GREY, "X", "pruned")}  # of trials: told apart in grey, too
@@ -216,11 +216,15 @@ def contour(study: optuna.Study, x: str = "IS", y: str = "UGS") -> Figure:
     frame = tune.trials_frame(study)
     figure, ax = new_axes(size=(5.6, 3.8))
     points = frame.groupby([x, y], as_index=False).value.max()
-    if len(points) >= 4 and points[x].nunique() > 1 and points[y].nunique() > 1:
+    spread = np.ptp(points.value) > 1e-3  # else there is no landscape to draw, only rounding
+    if len(points) >= 4 and points[x].nunique() > 1 and points[y].nunique() > 1 and spread:
         filled = ax.tricontourf(points[x], points[y], 100 * points.value, levels=10, cmap="viridis")
         figure.colorbar(filled, ax=ax, label="accuracy on real images (%)")
     ax.scatter(points[x], points[y], color="white", edgecolor="black", s=22)
     ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
+    for name, axis in ((x, ax.xaxis), (y, ax.yaxis)):
+        if name != "UGS":
+            axis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(False)
     return figure
 

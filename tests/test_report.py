@@ -204,3 +204,20 @@ def test_figures_of_the_tables(folder):
     figure = drawn(report.scaling_figure(path))
     line = figure.axes[0].containers[0].lines[0]
     np.testing.assert_allclose(line.get_ydata(), [0.74, 0.8])
+
+
+def test_a_contour_of_trials_that_scored_alike_draws_the_points_alone():
+    def figure(values):
+        study = optuna.create_study(direction="maximize")
+        for k, value in enumerate(values):
+            ranges = {"IS": optuna.distributions.IntDistribution(1, 9),
+                      "UGS": optuna.distributions.FloatDistribution(0, 9),
+                      "epoch": optuna.distributions.IntDistribution(1, 9)}  # fmt: skip
+            attributes = {"val_accuracy": value, "test_accuracy": value, "classifier_epochs": 1, "seconds": 1.0}
+            point = {"IS": 1 + k, "UGS": float(k * k % 5), "epoch": 1}
+            study.add_trial(optuna.trial.create_trial(params=point, distributions=ranges, value=value,
+                                                      user_attrs=attributes))  # fmt: skip
+        return report.contour(study)
+
+    assert len(figure([0.1] * 6).axes) == 1
+    assert len(figure([0.1, 0.3, 0.2, 0.5, 0.4, 0.6]).axes) == 2  # with the scale of its colours
