@@ -151,7 +151,7 @@ def resize(images: torch.Tensor, size: int, antialias: bool = True) -> torch.Ten
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; they must be uint8 (N, 3, H, W).")
     if images.shape[-2:] == (size, size):
         return images
-    out = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
+    out = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8, device=images.device)
     # In float, because torch's uint8 kernel rounds differently from one kind of CPU to another; a few
     # hundred at a time, because all of CIFAR in float would fill a small machine's memory.
     for start in range(0, len(images), 256):

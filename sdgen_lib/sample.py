@@ -82,8 +82,8 @@ def generate(
                     backbone, contexts[labels[part].to(contexts.device)], away_from, noise[part],
                     num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, sampler=sampler,
                 )  # fmt: skip
-                small = data.resize(backbone.decode(latents).cpu(), image_size or backbone.image_size, antialias)
-                batch.append(small)
+                small = data.resize(backbone.decode(latents), image_size or backbone.image_size, antialias)
+                batch.append(small.cpu())  # the one copy off the device
 
             micro.run(len(labels), batch.clear, work)
             images += batch
