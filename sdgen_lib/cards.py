@@ -20,7 +20,8 @@ LOADING = {
     "folder": """from torchvision.datasets import ImageFolder
 
 train = ImageFolder("./{out}/train")""",
-    "npz": """
+    "npz": """import numpy as np
+
 with np.load("./{out}/{slug}.npz", allow_pickle=False) as file:
     train_images, train_labels = file["train_images"], file["train_labels"]""",
     "parquet": """from datasets import load_dataset

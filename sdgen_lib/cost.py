@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .course import Course
     from .tune import Space
 
-PRUNED_SHARE = 0.6  # of the classifier epochs a pruner lets run, roughly: a third of trials in full, the rest a third
+PRUNED_SHARE = 0.6  # of the classifier epochs a pruner lets run, roughly: half or less in small searches
 COMPILED_SHARE = 0.55  # of an uncompiled pass's time, on two CPU cores (see `Backbone.compile_unet`)
 STEPS = ("1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets")
 

@@ -154,9 +154,7 @@ class Course:
         progress: str | None = None,
     ) -> torch.Tensor:
         """Images of ``labels`` at a point {IS, UGS, transfer_epoch, finetune_epoch}: uint8, the classifier's size."""
-        if self._loaded != (wanted := (point["transfer_epoch"], point["finetune_epoch"])):
-            self.use(*wanted)
-        self._compile_for(len(labels))
+        self._prepare(point, len(labels))
         return generate(
             self.backbone, self._encoder, labels, num_inference_steps=point["IS"], guidance_scale=point["UGS"],
             seed=self.settings.seed, set_name=set_name, first_index=first_index, image_size=self.data.image_size,
@@ -164,7 +162,10 @@ class Course:
             batch_size=self.settings.sample_batch_size, progress=progress,
         )  # fmt: skip
 
-    def _compile_for(self, num_images: int) -> None:
+    def _prepare(self, point: dict[str, Any], num_images: int) -> None:
+        """Puts a point's weights in place and then, if that many images are worth it, compiles the UNet."""
+        if self._loaded != (wanted := (point["transfer_epoch"], point["finetune_epoch"])):
+            self.use(*wanted)
         if num_images >= self.settings.sample_batch_size and self.compiles:
             self.backbone.compile_unet(2 * self.settings.sample_batch_size)  # guidance passes each image twice
 
@@ -380,7 +381,7 @@ class Course:
         point = self.point(row)
         if not self._same(rows.get(row), point, self.settings.num_images):
             labels = balanced_labels(self.settings.num_images, self.data.num_classes)
-            self._compile_for(len(labels))  # its time is not generation's
+            self._prepare(point, len(labels))  # its time is not generation's
             start = time.perf_counter()
             images = self.draw(point, labels, "table 1", progress=f"{row}: generating")
             seconds = time.perf_counter() - start

@@ -30,8 +30,8 @@ class Ranks:
             accelerate.PartialState().wait_for_everyone()
 
     def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Each tensor becomes, in place, the sum of those that the processes hold."""
-        for tensor in tensors if self.count > 1 else ():
+        """Each tensor becomes, in place, the sum of those that the several processes hold."""
+        for tensor in tensors:
             torch.distributed.all_reduce(tensor)
 
 

@@ -129,7 +129,7 @@ def trials(study: optuna.Study, title: str = "") -> Figure:
     frame = tune.trials_frame(study)
     figure, (left, right) = new_axes(1, 2, size=(9.2, 3.4))
     low, high = frame.value.min(), max(frame.value.max(), frame.value.min() + 1e-6)
-    for pruned, marker in ((False, "o"), (True, "X")):
+    for pruned, (_, marker, label) in KINDS.items():
         part = frame[frame.pruned == pruned]
         if len(part):
             dots = left.scatter(
@@ -142,7 +142,7 @@ def trials(study: optuna.Study, title: str = "") -> Figure:
                 s=70,
                 cmap="viridis",
                 edgecolor="white",
-                label="pruned" if pruned else "complete",
+                label=label,
             )
     figure.colorbar(dots, ax=left, label="accuracy on real images (%)")
     best = frame.loc[frame.value.where(~frame.pruned).idxmax()]
@@ -178,12 +178,11 @@ def trials_by_parameter(frame: pd.DataFrame, chosen: int | None = None) -> Figur
     low = 100 * frame.value.min()
     high = max(100 * frame.value.max(), low + 1)  # at least a point wide, where all trials scored alike
     for ax, (x, y) in zip(axes, PANELS):
-        for pruned, marker in ((False, "o"), (True, "X")):
+        for pruned, (_, marker, label) in KINDS.items():
             part = frame[frame.pruned == pruned]
             if len(part):
-                name = "pruned" if pruned else "complete"
                 dots = ax.scatter(part[x], part[y], c=100 * part.value, vmin=low, vmax=high, marker=marker, s=70,
-                                  cmap="viridis", edgecolor="white", label=name)  # fmt: skip
+                                  cmap="viridis", edgecolor="white", label=label)  # fmt: skip
         if chosen is not None:
             ax.scatter(frame.loc[chosen, x], frame.loc[chosen, y], s=220, facecolor="none", edgecolor=ORANGE, lw=2)
         ax.set(xlabel=LABELS[x], ylabel=LABELS.get(y, "CAS (real images of the search)"))
@@ -236,9 +235,8 @@ def importance_bars(ours: pd.DataFrame, published: pd.DataFrame = paper.IMPORTAN
     for step in (2, 4):
         bars[f"published, mean of step {step}"] = published.xs(step, level="step").mean()
     positions, height = np.arange(len(tune.PARAMETERS)), 0.8 / len(bars)
-    looks = [dict(color=c) for c in (BLUE, "#56B4E9")] * len(ours)
-    # The published ones hatched: told apart in grey, too.
-    looks = looks[: len(ours)] + [dict(color=c, hatch="///", edgecolor="white") for c in (GREY, "#AAAAAA")]
+    looks = [dict(color=(BLUE, "#56B4E9")[k % 2]) for k in range(len(ours))]
+    looks += [dict(color=c, hatch="///", edgecolor="white") for c in (GREY, "#AAAAAA")]  # told apart in grey, too
     for k, ((label, row), look) in enumerate(zip(bars.items(), looks)):
         ax.barh(positions + (k - (len(bars) - 1) / 2) * height, [row[p] for p in tune.PARAMETERS], height * 0.9,
                 label=label, **look)  # fmt: skip

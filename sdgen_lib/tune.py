@@ -52,7 +52,7 @@ def plan(
     bracket for every 20 trials (at most what the epochs allow), a third of a bracket's trials at random at first
     (10 at most). A trial survives a rung if it is among the best third of those that came so far. A single bracket is
     successive halving, whose first rung is then free to choose: after a fifth of the epochs, where the order of the
-    trials is nearly the final one (after an eighth it is not yet: that lost the best trial of one search in three).
+    trials is nearly the final one (replayed on three whole searches: after an eighth, the best trial of one was lost).
 
     The second result makes the sampler of trial number k, so that a search that was killed goes on as it would have.
     """

@@ -406,6 +406,11 @@ def test_the_unet_is_compiled_where_that_pays(micro, tmp_path, monkeypatch):
     assert not asked  # no batch is whole
     told.draw(point, labels, "any")
     assert asked == [16]
+    told.reset()
+    told.backbone.unet_dtype(torch.float64)  # what a training may leave behind
+    monkeypatch.setattr(backbone.Backbone, "compile_unet", lambda self, batch: asked.append(self.unet.dtype))
+    told._prepare(point, 9)
+    assert asked == [16, torch.float32]  # with the point's weights in place, as they are sampled with
     assert Course(resolve(recipe="demo", backbone="tiny", runs_dir=str(tmp_path))).compiles
     never = resolve(recipe="paper", backbone="tiny", runs_dir=str(tmp_path), compile_unet="no")
     assert not Course(never).compiles

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -182,6 +183,13 @@ def test_the_card(taken, finished, to):
         assert word in body
     if to != "generator":
         assert "| train | 200 |" in body and "| test | 449 |" in body
+
+
+@pytest.mark.parametrize("to", ["folder", "npz", "parquet", "generator"])
+def test_the_lines_of_a_card_work_as_they_stand(taken, to, tmp_path):
+    (program,) = re.findall(r"```python\n(.+?)```", (taken[to] / "README.md").read_text(encoding="utf-8"), re.S)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], cwd=taken[to].parent, check=True, env=environment)
 
 
 # --- what is asked for ---
