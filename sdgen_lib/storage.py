@@ -8,6 +8,7 @@ on is done again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -68,9 +69,7 @@ def _open(where: Path | str) -> optuna.storages.BaseStorage:
     if where.startswith("grpc://"):
         parts = urlsplit(where)
         return optuna.storages.GrpcStorageProxy(host=parts.hostname or "localhost", port=parts.port or 13000)
-    return RDBStorage(
-        where, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS, heartbeat_stale_trial_callback=_retry
-    )
+    return RDBStorage(where)
 
 
 def open_study(where: Path | str, name: str) -> optuna.Study:
@@ -210,17 +209,18 @@ def share_study(storage: str, name: str, settings: dict[str, Any]) -> optuna.Stu
 class Workers:
     """The processes that share a study: who is alive, and what the dead ones leave behind.
 
-    A database has Optuna's heartbeat for that. Beside a journal file each worker holds a lock file, which the operating
-    system frees when it dies; its trials carry the file's name. Through the gRPC proxy, which has neither, a worker
-    writes the time into its trial every now and then.
+    Beside a journal file each worker holds a lock file, which the operating system frees when it dies; its trials carry
+    the file's name. In a database a worker writes into its trial every now and then, and who hears nothing of a trial
+    for long enough, by a clock of its own, takes its worker for dead. (Optuna's heartbeat never misses a worker that
+    was killed before its first beat, and does not reach through the gRPC proxy.)
     """
 
     def __init__(self, storage: str):
         place = _place(storage)
         self.journal = place if isinstance(place, Path) else None
-        self.by_clock = self.journal is None and place.startswith("grpc://")
         self.name = f".worker-{uuid.uuid4().hex}.lock"
         self._lock = None
+        self._heard: dict[int, tuple[int, float]] = {}  # by trial: its worker's last beat, and when we saw that first
 
     def __enter__(self) -> Workers:
         if self.journal:
@@ -238,48 +238,47 @@ class Workers:
     def signed(self, trial: optuna.Trial) -> Iterator[None]:
         """While in here, this process works on ``trial``, and the others can see it."""
         trial.set_user_attr("worker", self.name)
-        finished, beat = threading.Event(), None
-        if self.by_clock:
+        if self.journal:
+            yield
+            return
+        finished = threading.Event()
 
-            def tell_the_time() -> None:
-                while not finished.is_set():
-                    trial.set_user_attr("alive", time.time())
-                    finished.wait(HEARTBEAT_SECONDS)
+        def beat() -> None:
+            for count in itertools.count(1):
+                if finished.wait(HEARTBEAT_SECONDS):
+                    return
+                with contextlib.suppress(Exception):  # taken over by another, or no connection: the next may pass
+                    trial.set_user_attr("beat", count)
 
-            beat = threading.Thread(target=tell_the_time, daemon=True)
-            beat.start()
+        heart = threading.Thread(target=beat, daemon=True)
+        heart.start()
         try:
             yield
         finally:
             finished.set()
-            if beat:
-                beat.join()
+            heart.join()
 
     def revive(self, study: optuna.Study) -> None:
-        """Fails the running trials of dead workers and enqueues their parameters again."""
-        if self.journal is None and not self.by_clock:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                optuna.storages.fail_stale_trials(study)
-            return
-        guard = filelock.FileLock(self.journal.with_name(".revive.lock")) if self.journal else contextlib.nullcontext()
-        with guard:
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                if self._is_dead(trial):
-                    with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # another was faster, or it lives
-                        if self.journal:  # guarded: first enqueued, so that nobody finds one lacking and begins another
-                            _retry(study, trial)
-                        study.tell(trial.number, state=TrialState.FAIL)
-                        if not self.journal:  # only one of several can fail it: that one enqueues
-                            _retry(study, trial)
+        """Enqueues the parameters of dead workers' running trials again, and fails these.
+
+        In that order, so that nobody finds one lacking and begins another. Two that do it at once enqueue it twice,
+        and `retried_before` tells the second.
+        """
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if self._is_dead(trial):
+                _retry(study, trial)
+                with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # another was faster, or it lives
+                    study.tell(trial.number, state=TrialState.FAIL)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
         worker = trial.user_attrs.get("worker")
-        if worker is None or self.by_clock:  # without a name: killed before it could sign, unless it is about to
-            seen = trial.user_attrs.get("alive", trial.datetime_start.timestamp())
-            return time.time() - seen > GRACE_SECONDS
         if worker == self.name:
             return False
+        if worker is None or self.journal is None:  # without a name: killed before it could sign, or about to sign
+            beat, now = trial.user_attrs.get("beat", 0), time.monotonic()
+            if trial.number not in self._heard or self._heard[trial.number][0] != beat:
+                self._heard[trial.number] = (beat, now)
+            return now - self._heard[trial.number][1] > GRACE_SECONDS
         path = self.journal.with_name(Path(worker).name)
         try:
             with filelock.FileLock(path, blocking=False):
@@ -289,8 +288,14 @@ class Workers:
             return False
 
 
+def retried_before(trial: optuna.Trial, earlier: list[FrozenTrial]) -> bool:
+    """Whether one of the ``earlier`` trials is a dead worker's trial again, which ``trial`` would be once more."""
+    again = trial.user_attrs.get("retry_of")
+    return again is not None and any(t.user_attrs.get("retry_of") == again for t in earlier)
+
+
 def _retry(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Enqueues a dead worker's trial again. Its parameters alone: Optuna's own callback would carry over the rungs."""
+    """Enqueues a dead worker's trial again: its parameters alone, not the rungs that it has passed."""
     retries = trial.user_attrs.get("retries", 0) + 1
     if trial.params and retries <= MAX_RETRIES:
         study.enqueue_trial(trial.params, user_attrs={"retries": retries, "retry_of": trial.number})

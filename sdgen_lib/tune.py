@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from . import classifier
 from .data import ImageData
-from .storage import FINISHED, Workers, keep, open_study, resume_study, share_study
+from .storage import FINISHED, Workers, keep, open_study, resume_study, retried_before, share_study
 
 __all__ = ["FINISHED", "PARAMETERS", "Space", "Workers", "importances", "keep", "open_study", "plan", "resume_study"]
 __all__ += ["search", "share_study", "trials_frame", "value_of"]
@@ -100,8 +100,10 @@ def search(
         start = time.perf_counter()
         study.sampler = sampler(trial.number)
         if workers:
-            before = study.get_trials(deepcopy=False)[: trial.number]  # also those that wait to be done again
-            if sum(t.state != TrialState.FAIL for t in before) >= n_trials:
+            earlier = study.get_trials(deepcopy=False)[: trial.number]  # also those that wait to be done again
+            lost = trial.user_attrs.get("retry_of")  # may not have been failed yet
+            others = sum(t.state != TrialState.FAIL and t.number != lost for t in earlier)
+            if others >= n_trials or retried_before(trial, earlier):
                 raise _Surplus
         steps = trial.suggest_int("IS", *space.IS)
         guidance = trial.suggest_float("UGS", *space.UGS)

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import json
-import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,10 +18,11 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from sdgen_lib import classifier, data, storage, tune
+from sdgen_lib import storage, tune
+from tests import search_worker
+from tests.search_worker import IN_A_HURRY, SETTINGS, SPACE
 
-SPACE = tune.Space((5, 20), (0.0, 7.5), (1, 4))
-SETTINGS = {"num_images": 100, "space": [[5, 20], [0.0, 7.5], [1, 4]]}
+ROOT = Path(__file__).parents[1]
 
 
 # --- a server ---
@@ -90,9 +91,8 @@ def grpc_proxy(tmp_path):
 @pytest.fixture(params=["journal", "sqlite", "postgresql", "grpc"])
 def shared(request, tmp_path, monkeypatch):
     """A ``storage`` parameter of each kind; workers are missed after seconds, not minutes."""
-    monkeypatch.setattr(storage, "HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr(storage, "GRACE_SECONDS", 8)
-    monkeypatch.setattr(tune, "POLL_SECONDS", 0.2)
+    for patch in IN_A_HURRY:
+        monkeypatch.setattr(*patch)
     if request.param in ("postgresql", "grpc"):
         return request.getfixturevalue({"grpc": "grpc_proxy"}.get(request.param, request.param))
     return str(tmp_path / "search.log") if request.param == "journal" else f"sqlite:///{tmp_path / 'search.db'}"
@@ -103,77 +103,100 @@ def shared(request, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits:100", image_size=8)
+    return search_worker.digits()
 
 
 @pytest.fixture
 def formula(monkeypatch):
-    """In place of a classifier: an accuracy that is highest at UGS 2 and grows with the epochs."""
-
-    def train_classifier(images, labels, val, num_classes, *, epochs, seed, on_epoch):
-        history = []
-        for epoch in range(1, epochs + 1):
-            history.append(math.exp(-((float(images[1]) - 2) ** 2) / 4) * epoch / epochs)
-            on_epoch(epoch, history[-1], history[-1])
-        return None, history
-
-    monkeypatch.setattr(classifier, "train_classifier", train_classifier)
-    monkeypatch.setattr(classifier, "accuracy", lambda model, split: model / 2)
+    for patch in search_worker.FORMULA:
+        monkeypatch.setattr(*patch)
 
 
-def start_worker(where, name, digits, begun: Path, n_trials: int, dies_in: int | None) -> int:
-    """A process that takes part in the search; it dies by SIGKILL in its ``dies_in``-th trial. Its id."""
-    if child := os.fork():
-        return child
-    status = 1
-    try:
-        torch.set_num_threads(1)
-        trials = 0
+@pytest.fixture(scope="module")
+def start():
+    """``start(*arguments)`` -> a process that runs `search_worker.take_part`.
 
-        def images_of(*point):
-            nonlocal trials
-            trials += 1
-            with open(begun, "a") as file:
-                file.write(json.dumps([os.getpid(), *point]) + "\n")
-            if trials == dies_in:
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(0.05)
-            return torch.tensor(point, dtype=torch.float64)
+    Not forked from this one, whose threads (gRPC's, PyTorch's) a fork would leave half there: from a server of forks.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.search_worker"])
 
-        study = tune.share_study(where, name, SETTINGS)
-        with tune.Workers(where) as workers:
-            tune.search(study, SPACE, images_of, digits.train.labels, digits, n_trials=n_trials, select_on="val",
-                        seed=0, classifier_options={"epochs": 3}, workers=workers)  # fmt: skip
-        status = 0
-    except BaseException:
-        import traceback
+    def begin(*arguments):
+        process = context.Process(target=search_worker.take_part, args=arguments, daemon=True)
+        process.start()
+        return process
 
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+        yield begin
+
+
+def wait_for(workers, seconds=300):
+    """Their exit codes."""
+    deadline = time.monotonic() + seconds
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+    return [worker.exitcode for worker in workers]  # None: it still runs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_workers_share_a_search_and_take_over_a_dead_ones_trial(shared, count, digits, formula, tmp_path):
-    begun, n_trials = tmp_path / "begun", 14
-    workers = [start_worker(shared, f"run {count}: step 2", digits, begun, n_trials, 2 if k == 0 else None)
-               for k in range(count)]  # fmt: skip
-    ended = [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers]
-    assert ended == [-signal.SIGKILL] + [0] * (count - 1)
-    study = tune.share_study(shared, f"run {count}: step 2", SETTINGS)
+def test_workers_share_a_search_and_take_over_a_dead_ones_trial(shared, count, start, tmp_path):
+    begun, n_trials, name = tmp_path / "begun", 14, f"run {count}: step 2"
+    workers = [start(shared, name, begun, n_trials, 2 if k == 0 else None) for k in range(count)]
+    assert wait_for(workers) == [-signal.SIGKILL] + [0] * (count - 1)
+    study = tune.share_study(shared, name, SETTINGS)
     trials = study.get_trials(deepcopy=False)
     finished = [t for t in trials if t.state in tune.FINISHED]
     assert len(finished) == n_trials and not any(t.state in (TrialState.RUNNING, TrialState.WAITING) for t in trials)
     points = [tuple(t.params[p] for p in tune.PARAMETERS) for t in finished]
     assert len(set(points)) == n_trials  # none twice, and the workers draw different ones
     works = [json.loads(line) for line in begun.read_text().splitlines()]
-    assert len(works) == n_trials + 1 and len({pid for pid, *_ in works}) == count
-    dead = [tuple(point) for pid, *point in works if pid == workers[0]]
-    assert len(dead) == 2 and sum(tuple(point) == dead[1] for _, *point in works) == 2  # the last of them, again
-    (again,) = [t for t in finished if "retry_of" in t.user_attrs]
-    assert tuple(again.params[p] for p in tune.PARAMETERS) == dead[1]
+    # Begun in vain: the dead one's, and where this machine is very busy, those of workers that were taken for dead.
+    in_vain = [t for t in trials if t.state == TrialState.FAIL and t.params]
+    assert len(works) == n_trials + len(in_vain) and len({pid for pid, *_ in works}) == count
+    dead = [tuple(point) for pid, *point in works if pid == workers[0].pid]
+    assert len(dead) == 2 and sum(tuple(point) == dead[1] for _, *point in works) >= 2  # the last of them, again
+    (again,) = [t for t in finished if tuple(t.params[p] for p in tune.PARAMETERS) == dead[1]]
     assert trials[again.user_attrs["retry_of"]].state == TrialState.FAIL
+
+
+@pytest.mark.parametrize("signs", [True, False])
+def test_a_trial_whose_worker_died_before_its_first_beat_is_done_again(signs, digits, formula, tmp_path, monkeypatch):
+    """In a database: as much of it as was written is there, and nothing ever comes after."""
+    monkeypatch.setattr(storage, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(tune, "POLL_SECONDS", 0.1)
+    where = f"sqlite:///{tmp_path / 'search.db'}"
+    study = tune.share_study(where, "dead: step 2", SETTINGS)
+    dead = study.ask()
+    if signs:
+        dead.set_user_attr("worker", ".worker-dead.lock")
+        point = dead.suggest_int("IS", 5, 20), dead.suggest_float("UGS", 0.0, 7.5), dead.suggest_int("epoch", 1, 4)
+    with tune.Workers(where) as workers:
+        tune.search(study, SPACE, lambda *p: torch.tensor(p, dtype=torch.float64), digits.train.labels, digits,
+                    n_trials=3, select_on="val", seed=0, classifier_options={"epochs": 2}, workers=workers)  # fmt: skip
+    finished = [t for t in study.trials if t.state in tune.FINISHED]
+    assert len(finished) == 3 and study.trials[0].state == TrialState.FAIL
+    again = [t for t in finished if t.user_attrs.get("retry_of") == 0]
+    assert [tuple(t.params[p] for p in tune.PARAMETERS) for t in again] == ([point] if signs else [])
+
+
+def test_a_dead_workers_trial_that_two_enqueue_is_done_once(digits, formula, tmp_path, monkeypatch):
+    """Two that miss it at the same moment both enqueue it; the search still has its n trials, that one among them."""
+    monkeypatch.setattr(storage, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(tune, "POLL_SECONDS", 0.1)
+    where = str(tmp_path / "search.log")
+    study = tune.share_study(where, "twice: step 2", SETTINGS)
+    dead = study.ask()
+    point = {"IS": dead.suggest_int("IS", 7, 7), "UGS": dead.suggest_float("UGS", 1.5, 1.5),
+             "epoch": dead.suggest_int("epoch", 2, 2)}  # fmt: skip
+    for _ in range(2):
+        storage._retry(study, study.trials[0])
+    with tune.Workers(where) as workers:  # the dead one's trial is not failed before the first of the two begins
+        tune.search(study, SPACE, lambda *p: torch.tensor(p, dtype=torch.float64), digits.train.labels, digits,
+                    n_trials=4, select_on="val", seed=0, classifier_options={"epochs": 2}, workers=workers)  # fmt: skip
+    finished = [t for t in study.trials if t.state in tune.FINISHED]
+    assert len(finished) == 4 and [t.params for t in finished].count(point) == 1
 
 
 def test_a_worker_taken_for_dead_goes_on_with_the_next_trial(digits, formula, tmp_path):
@@ -207,9 +230,9 @@ def test_an_error_of_a_trial_is_not_taken_for_that(digits, formula, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_run_folder_keeps_a_copy(shared, digits, formula, tmp_path):
+def test_the_run_folder_keeps_a_copy(shared, start, tmp_path):
     """With which it can be read where the storage cannot be reached."""
-    os.waitpid(start_worker(shared, "digits/tiny: step 2", digits, tmp_path / "begun", 5, None), 0)
+    assert wait_for([start(shared, "digits/tiny: step 2", tmp_path / "begun", 5, None)]) == [0]
     study = tune.share_study(shared, "digits/tiny: step 2", SETTINGS)
     kept = tune.keep(study, tmp_path / "2_tune" / "journal.log")
     read = tune.open_study(tmp_path / "2_tune" / "journal.log", "step 2")
