@@ -74,6 +74,7 @@ class Score:
     test_accuracy: float  # its CAS, if it was trained on generated images
     best_epoch: int
     epochs: int  # trained, early stopping included
+    predicted: torch.Tensor = dataclasses.field(compare=False, repr=False)  # classes of the test images, int64 (N,)
 
 
 @torch.no_grad()
@@ -144,5 +145,6 @@ def score(images: torch.Tensor, labels: torch.Tensor, val: Split, test: Split, n
     (Ravuri and Vinyals 2019.) ``options`` as in `train_classifier`.
     """
     model, history = train_classifier(images, labels, val, num_classes, **options)
-    best = max(history)
-    return Score(best, accuracy(model, test), history.index(best) + 1, len(history))
+    best, predicted = max(history), predict(model, test.images)
+    correct = float((predicted == test.labels).float().mean())
+    return Score(best, correct, history.index(best) + 1, len(history), predicted)

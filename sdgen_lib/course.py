@@ -356,13 +356,20 @@ class Course:
 
     # --- CAS ---
 
-    def _scores(self, images: torch.Tensor, labels: torch.Tensor, title: str) -> dict[str, list[float]]:
-        """CAS over the run's classifier seeds: {"test": [...], "val": [...]} as fractions."""
+    def _scores(
+        self, images: torch.Tensor, labels: torch.Tensor, title: str, predicted: Path | None = None
+    ) -> dict[str, list[float]]:
+        """CAS over the run's classifier seeds: {"test": [...], "val": [...]} as fractions.
+
+        What the first of them takes the test images for is kept in ``predicted``.
+        """
         found = [
             classifier.score(images, labels, self.data.val, self.data.test, self.data.num_classes,
                              seed=self.settings.seed + k, **classifier_options(self.settings))
             for k in tqdm(range(self.settings.classifier_seeds), desc=title, unit="classifier")
         ]  # fmt: skip
+        if predicted:
+            runs.save_tensors(predicted, {"predicted": found[0].predicted})
         return {"test": [f.test_accuracy for f in found], "val": [f.val_accuracy for f in found]}
 
     def _same(self, found: dict[str, Any] | None, point: dict[str, Any] | None, num_images: int) -> bool:
@@ -446,15 +453,29 @@ class Course:
         names = ["real", *(f"x{k}" for k in range(1, s.max_multiple + 1))]
         n = len(self.data.train)  # of each set: where it samples, how many images
         wanted = {name: (None, n) if name == "real" else (point, int(name[1:]) * n) for name in names}
-        if not all(self._same(rows.get(name), *wanted[name]) for name in names):
+        kept = {name: self._predicted_path(name) for name in names}
+        done = [name for name in names if self._same(rows.get(name), *wanted[name]) and runs.is_whole(kept[name])]
+        if done != names:
             print(f"Step 5: {names[-1]} synthetic set, {len(names)} x {s.classifier_seeds} classifiers "
                   f"({cost.text(self, '5_datasets')}).")  # fmt: skip
         for name in names:
-            at, _ = wanted[name]
-            if not self._same(rows.get(name), *wanted[name]):
+            if name not in done:
                 split = self.data.train if name == "real" else self.synthetic(int(name[1:]))
-                rows[name] = {"point": at, "num_images": len(split), **self._scores(split.images, split.labels, name)}
+                scores = self._scores(split.images, split.labels, name, kept[name])
+                rows[name] = {"point": wanted[name][0], "num_images": len(split), **scores}
                 runs.save_json(path, rows)
         if not self.run.is_done("5_datasets"):
             self.run.record("5_datasets", time.perf_counter() - start)
         return {name: rows[name] for name in names}
+
+    def _predicted_path(self, name: str) -> Path:
+        return self.run.folder("5_datasets") / f"predicted_{name}.safetensors"
+
+    def predicted(self, name: str) -> torch.Tensor:
+        """What the first classifier of a row of table 2 ("real", "x1", ..) takes the test images for: int64 (N,).
+
+        Raises ValueError for a row that the table has not.
+        """
+        if name not in (rows := self.scaling()):
+            raise ValueError(f"Table 2 has no row {name!r}. It has: {', '.join(rows)} (max_multiple is the last).")
+        return runs.load_tensors(self._predicted_path(name))["predicted"]

@@ -19,15 +19,6 @@ KINDS = ("generated", "real")  # 0, 1
 MATRIX_CLASSES = 12  # shown at most: the most confused ones of a larger set
 
 
-def _train(course: Course, title: str, images, labels, val: Split, num_classes: int, **changes) -> classifier.ResNet20:
-    options = {**classifier_options(course.settings), "seed": course.settings.seed, **changes}
-    with tqdm(total=options["epochs"], desc=title, unit="epoch") as bar:
-        model, _ = classifier.train_classifier(
-            images, labels, val, num_classes, on_epoch=lambda *_: bar.update(), **options
-        )
-    return model
-
-
 # --- real or generated ---
 
 
@@ -65,9 +56,11 @@ def real_or_generated(course: Course, num_questions: int = 12, epochs: int = 8) 
     chosen = len(fresh) // 3
     val, _ = mixed(course.data.val, fresh[:chosen])
     test, classes = mixed(course.data.test, fresh[chosen:])
-    judge = _train(
-        course, "real or generated", images, torch.arange(2).repeat_interleave(n), val, len(KINDS), epochs=epochs
-    )
+    options = {**classifier_options(course.settings), "seed": course.settings.seed, "epochs": epochs}
+    with tqdm(total=epochs, desc="real or generated", unit="epoch") as bar:
+        judge, _ = classifier.train_classifier(
+            images, torch.arange(2).repeat_interleave(n), val, len(KINDS), on_epoch=lambda *_: bar.update(), **options
+        )
     half, ask = num_questions // 2, len(test) // 2
     if half > ask:
         raise ValueError(f"num_questions must be at most {2 * ask} with these few images, not {num_questions}.")
@@ -195,13 +188,12 @@ class Confusion(Explorer):
 
 
 def confusion(course: Course, multiple: int = 1) -> Confusion:
-    """Trains a classifier on the real images and one on x``multiple``, and compares them on the real test images."""
-    test, n = course.data.test, course.data.num_classes
-    predictions = {}
-    for name, split in (
-        ("real images", course.data.train),
-        (f"generated images, x{multiple}", course.synthetic(multiple)),
-    ):
-        model = _train(course, f"trained on {name}", split.images, split.labels, course.data.val, n)
-        predictions[f"trained on {name}"] = classifier.predict(model, test.images)
-    return Confusion(predictions, test, course.data.class_names)
+    """Compares two classifiers of table 2 on the real test images: one of the real ones, one of the set x``multiple``.
+
+    Raises ValueError for a multiple that the table has not.
+    """
+    predictions = {
+        "trained on real images": course.predicted("real"),
+        f"trained on generated images, x{multiple}": course.predicted(f"x{multiple}"),
+    }
+    return Confusion(predictions, course.data.test, course.data.class_names)

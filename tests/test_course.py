@@ -60,6 +60,7 @@ def test_what_the_folder_holds(finished):
           for name in ("epoch_001.safetensors", "epoch_002.safetensors", "history.json", "settings.json")),
         "2_tune/journal.log", "4_retune/journal.log",
         *(f"5_datasets/block_0{k}.{kind}" for k in (1, 2) for kind in ("npz", "json")),
+        *(f"5_datasets/predicted_{row}.safetensors" for row in ("real", "x1", "x2")),
     }  # fmt: skip
     steps = ["1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets"]
     assert list(finished.course.run.manifest["steps"]) == steps

@@ -257,3 +257,7 @@ def test_both_classifiers_are_asked_about_real_test_images(finished):
     explorer = explore_classes.confusion(finished.course)
     assert explorer.split is finished.course.data.test
     assert [m.sum().item() for m in explorer.matrices.values()] == [449, 449]
+    for matrix, row in zip(explorer.matrices.values(), ("real", "x1")):  # they are those of table 2
+        assert float(matrix.diag().sum() / 449) == pytest.approx(finished.scaling[row]["test"][0])
+    with pytest.raises(ValueError, match="no row 'x3'. It has: real, x1, x2"):
+        explore_classes.confusion(finished.course, 3)
