@@ -32,9 +32,10 @@ class Block(nn.Module):
                         "max_pool": lambda x: F.max_pool2d(x, stride, ceil_mode=True)}[shortcut]  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = F.pad(self.smaller(x), (0, 0, 0, 0, 0, self.extra))
-        x = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(x)) + shortcut)
+        same = self.stride == 1 and not self.extra
+        shortcut = x if same else F.pad(self.smaller(x), (0, 0, 0, 0, 0, self.extra))
+        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.norm2(self.conv2(x)).add_(shortcut), inplace=True)
 
 
 class ResNet20(nn.Module):
@@ -56,7 +57,7 @@ class ResNet20(nn.Module):
                 channels = width * 2**stage
                 stages.append(Block(channels_in, channels, 2 if stage > 0 and block == 0 else 1, shortcut))
                 channels_in = channels
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True))
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(channels_in, num_classes)
 
