@@ -106,7 +106,7 @@ def optimizer_for(
         small = device.type == "cuda" and needed > 0.6 * torch.cuda.get_device_properties(device).total_memory
         name = "adamw-8bit" if small else "adamw"
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
