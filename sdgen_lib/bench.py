@@ -71,50 +71,68 @@ def sampler(o: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def training(o: argparse.Namespace) -> list[dict[str, Any]]:
-    """An epoch of step 1, against the loop of a tutorial: a DataLoader of images, each encoded anew, float32."""
+    """An epoch of step 1, against the loop of a tutorial: a DataLoader of images, each encoded anew, float32.
+
+    At the batch sizes of `demo` and of the paper; both also compute the losses of the same few held-out images.
+    """
     model, exact = load(o.backbone, o.device, "auto"), load(o.backbone, o.device, "fp32")
     digits = data.load("digits")
     images, labels = digits.train.images[: o.images], digits.train.labels[: o.images]
     latents = train.Latents(model.encode(images), labels.to(o.device))
     held_out = train.Latents(latents.latents[:8], latents.labels[:8])
-    loader = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)
     encoder = encoder_for(exact)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
 
-    def ours() -> None:
-        mine = encoder_for(model)
-        with tempfile.TemporaryDirectory() as folder:
-            train.fit(
-                dict(mine.named_parameters()), model, mine, latents, held_out, Path(folder), epochs=1, batch_size=32,
-                learning_rate=1e-3, weight_decay=0.0, clip_norm=10.0, seed=0,
-            )  # fmt: skip
+    def step(predict_noise: Callable, x: torch.Tensor, classes: torch.Tensor) -> None:
+        t = torch.randint(0, 1000, (len(x),), device=o.device)
+        noise, alpha_bar = torch.randn_like(x), exact.alphas_cumprod[t].view(-1, 1, 1, 1)
+        context = encoder(F.one_hot(classes, 10).float().to(o.device))
+        found = predict_noise(alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise, t, context)
+        optimizer.zero_grad()
+        F.mse_loss(found, noise).backward()
 
-    def peer() -> None:
-        for batch, classes in loader:
-            with torch.no_grad():
-                x = exact.encode(batch)
-            t = torch.randint(0, 1000, (len(x),), device=o.device)
-            noise, alpha_bar = torch.randn_like(x), exact.alphas_cumprod[t].view(-1, 1, 1, 1)
-            context = encoder(F.one_hot(classes, 10).float().to(o.device))
-            found = exact.unet(alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise, t, encoder_hidden_states=context)
-            optimizer.zero_grad()
-            F.mse_loss(found.sample, noise).backward()
-            optimizer.step()
+    work = len(images) * flops(lambda: step(model.predict_noise, latents.latents[:1], labels[:1]))
+    rows = []
+    for batch_size in (32, 64):
+        loader = DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True)
 
-    name = f"step 1, {o.backbone}, batch 32"
-    return [compare(name, ours, peer, "plain loop with DataLoader, float32", len(images), o.device, o.repeats)]
+        def ours() -> None:
+            mine = encoder_for(model)
+            with tempfile.TemporaryDirectory() as folder:
+                train.fit(
+                    dict(mine.named_parameters()), model, mine, latents, held_out, Path(folder), epochs=1,
+                    batch_size=batch_size, learning_rate=1e-3, weight_decay=0.0, clip_norm=10.0, seed=0,
+                )  # fmt: skip
+
+        def peer() -> None:
+            for batch, classes in loader:
+                with torch.no_grad():
+                    x = exact.encode(batch)
+                step(lambda x, t, context: exact.unet(x, t, encoder_hidden_states=context).sample, x, classes)
+                optimizer.step()
+            train.held_out_losses(exact, encoder, held_out, encoder.unconditional().detach())
+
+        rows.append(compare(
+            f"step 1, {o.backbone}, batch {batch_size}", ours, peer, "plain loop with DataLoader, float32", len(images),
+            o.device, o.repeats, work, ceiling(o.device, model.dtype),
+        ))  # fmt: skip
+    return rows
 
 
 def resnet(o: argparse.Namespace) -> list[dict[str, Any]]:
-    """An epoch of ResNet20, against a plain loop with a DataLoader, float32."""
-    rows = []
+    """An epoch of ResNet20, against a plain loop with a DataLoader, float32: as in `demo`, and as in the paper."""
+    rows, dtype = [], devices.classifier_dtype("auto", o.device)
     for size, batch in ((16, 32), (32, 256)):
         digits = data.load("digits", image_size=size)
         n, val = len(digits.train), data.Split(digits.val.images[:8], digits.val.labels[:8])
         loader = DataLoader(TensorDataset(digits.train.images, digits.train.labels), batch_size=batch, shuffle=True)
         net = classifier.ResNet20(10).to(o.device)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-        dtype = devices.classifier_dtype("auto", o.device)
+
+        def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+            loss = F.cross_entropy(net(images.to(o.device)), labels.to(o.device), label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
 
         def ours() -> None:
             classifier.train_classifier(
@@ -125,13 +143,14 @@ def resnet(o: argparse.Namespace) -> list[dict[str, Any]]:
         def peer() -> None:
             net.train()
             for images, labels in loader:
-                loss = F.cross_entropy(net(images.to(o.device)), labels.to(o.device), label_smoothing=0.1)
-                optimizer.zero_grad()
-                loss.backward()
+                step(images, labels)
                 optimizer.step()
 
-        name = f"ResNet20, {size} pixels, batch {batch}"
-        rows.append(compare(name, ours, peer, "plain loop with DataLoader, float32", n, o.device, o.repeats))
+        work = n * flops(lambda: step(digits.train.images[:1], digits.train.labels[:1]))
+        rows.append(compare(
+            f"ResNet20, {size} pixels, batch {batch}", ours, peer, "plain loop with DataLoader, float32", n, o.device,
+            o.repeats, work, ceiling(o.device, dtype),
+        ))  # fmt: skip
     return rows
 
 

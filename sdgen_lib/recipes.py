@@ -25,8 +25,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "demo": dict(
         image_size=None, class_encoder_start="empty_prompt", transfer_epochs=12, transfer_batch_size=32,
         transfer_learning_rate=0.1, finetune_epochs=8, finetune_learning_rate=1e-4, weight_decay=0.0,
-        sample_batch_size=200, n_trials=18, num_images=400, steps_max=12, classifier_epochs=24, classifier_batch_size=32,
-        classifier_learning_rate=3e-3, classifier_epoch_images=400, classifier_epoch_limit=1200,
+        sample_batch_size=200, n_trials=18, num_images=400, steps_max=12, classifier_epochs=24,
+        classifier_batch_size=32, classifier_learning_rate=3e-3, classifier_epoch_images=400,
+        classifier_epoch_limit=1200,
         plateau_patience=4, stop_patience=8, classifier_seeds=3, max_multiple=3,
     ),
 }  # fmt: skip
