@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import threading
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 from .data import Split
 from .devices import autocast
+
+_random_state = threading.Lock()  # there is one for all threads
 
 
 class Block(nn.Module):
@@ -107,7 +110,7 @@ def train_classifier(
     val accuracy)`` may raise to stop (a search's pruner does). Returns the model with the weights of its best epoch,
     and the validation accuracy of every epoch.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _random_state, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ResNet20(num_classes, width, dtype, shortcut).to(device, memory_format=torch.channels_last)
     order = torch.Generator().manual_seed(seed)

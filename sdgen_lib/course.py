@@ -9,7 +9,7 @@ import os
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -357,20 +357,37 @@ class Course:
     # --- CAS ---
 
     def _scores(
-        self, images: torch.Tensor, labels: torch.Tensor, title: str, predicted: Path | None = None
-    ) -> dict[str, list[float]]:
-        """CAS over the run's classifier seeds: {"test": [...], "val": [...]} as fractions.
+        self, sets: dict[str, Callable[[], data.Split]], of: int = 1
+    ) -> Iterator[tuple[str, list[classifier.Score]]]:
+        """For each set of a table, by its name, the scores of the run's classifier seeds.
 
-        What the first of them takes the test images for is kept in ``predicted``.
+        ``of``: the sets of the whole table. On them, and not on how many are left to do, depends how many cores each
+        classifier is given, and so its rounding.
         """
-        found = [
-            classifier.score(images, labels, self.data.val, self.data.test, self.data.num_classes,
-                             seed=self.settings.seed + k, **classifier_options(self.settings))
-            for k in tqdm(range(self.settings.classifier_seeds), desc=title, unit="classifier")
-        ]  # fmt: skip
-        if predicted:
-            runs.save_tensors(predicted, {"predicted": found[0].predicted})
-        return {"test": [f.test_accuracy for f in found], "val": [f.val_accuracy for f in found]}
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.classifier_seeds)
+        one_by_one = devices.default_device() != "cpu"  # a card has enough to do with one
+        at_once = 1 if one_by_one else min(torch.get_num_threads(), of * len(seeds))
+
+        def score(split: data.Split, seed: int, look: Callable[..., None]) -> classifier.Score:
+            return classifier.score(split.images, split.labels, self.data.val, self.data.test, self.data.num_classes,
+                                    seed=seed, on_epoch=look, **classifier_options(self.settings))  # fmt: skip
+
+        works = (functools.partial(score, split, seed) for load in sets.values() for split in [load()]
+                 for seed in seeds)  # fmt: skip
+        found = devices.side_by_side(works, at_once)
+        with tqdm(total=len(sets) * len(seeds), unit="classifier") as bar, contextlib.closing(found):
+            for name in sets:
+                bar.set_description(name)
+                scores = []
+                for _ in seeds:
+                    scores.append(next(found))
+                    bar.update()
+                yield name, scores
+
+    @staticmethod
+    def _accuracies(scores: list[classifier.Score]) -> dict[str, list[float]]:
+        """A row's accuracies as fractions, as the tables keep them."""
+        return {"test": [f.test_accuracy for f in scores], "val": [f.val_accuracy for f in scores]}
 
     def _same(self, found: dict[str, Any] | None, point: dict[str, Any] | None, num_images: int) -> bool:
         """Whether a stored row of a table is what the settings ask for now."""
@@ -392,8 +409,9 @@ class Course:
             start = time.perf_counter()
             images = self.draw(point, labels, "table 1", progress=f"{row}: generating")
             seconds = time.perf_counter() - start
-            rows[row] = {"point": point, **self._scores(images, labels, f"{row}: CAS"), "seconds": seconds,
-                         "num_images": len(labels), "select_on": self.settings.select_on}  # fmt: skip
+            ((_, scores),) = self._scores({f"{row}: CAS": lambda: data.Split(images, labels)})
+            rows[row] = {"point": point, **self._accuracies(scores), "seconds": seconds, "num_images": len(labels),
+                         "select_on": self.settings.select_on}  # fmt: skip
             runs.save_json(path, rows)
         return rows[row]
 
@@ -406,17 +424,18 @@ class Course:
         "random", as in the released code, x1 is a block apart (number 0) and x2 .. are random parts of all the others.
         """
         s = self.settings
-        if s.larger_sets == "nested":
-            return self._blocks(range(1, multiple + 1))
-        if multiple == 1:
-            return self._blocks([0])
-        whole = self._blocks(range(1, s.max_multiple + 1))
+        paths = [self.make_block(block, progress=f"synthetic block {block}") for block in self._blocks(multiple)]
+        whole = data.Split(torch.cat([shards.load_images(path) for path in paths]), self._labels().repeat(len(paths)))
+        if s.larger_sets == "nested" or multiple == 1:
+            return whole
         order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(s.seed * 1009 + multiple))
         return whole.take(order[: multiple * len(self.data.train)])
 
-    def _blocks(self, blocks: Iterable[int]) -> data.Split:
-        paths = [self.make_block(block, progress=f"synthetic block {block}") for block in blocks]
-        return data.Split(torch.cat([shards.load_images(path) for path in paths]), self._labels().repeat(len(paths)))
+    def _blocks(self, multiple: int) -> list[int]:
+        """The numbers of the blocks that a set is made of, or taken from."""
+        if self.settings.larger_sets == "nested":
+            return list(range(1, multiple + 1))
+        return [0] if multiple == 1 else list(range(1, self.settings.max_multiple + 1))
 
     def _labels(self) -> torch.Tensor:
         """The labels of a block."""
@@ -458,12 +477,18 @@ class Course:
         if done != names:
             print(f"Step 5: {names[-1]} synthetic set, {len(names)} x {s.classifier_seeds} classifiers "
                   f"({cost.text(self, '5_datasets')}).")  # fmt: skip
-        for name in names:
-            if name not in done:
-                split = self.data.train if name == "real" else self.synthetic(int(name[1:]))
-                scores = self._scores(split.images, split.labels, name, kept[name])
-                rows[name] = {"point": wanted[name][0], "num_images": len(split), **scores}
-                runs.save_json(path, rows)
+        todo = [name for name in names if name not in done]
+        with self.run.lock("5_datasets"):  # all of them drawn first: the classifiers will have the cores to themselves
+            for block in sorted({block for name in todo if name != "real" for block in self._blocks(int(name[1:]))}):
+                self.make_block(block, progress=f"synthetic block {block}")
+
+        def load(name: str) -> data.Split:
+            return self.data.train if name == "real" else self.synthetic(int(name[1:]))
+
+        for name, scores in self._scores({name: functools.partial(load, name) for name in todo}, of=len(names)):
+            runs.save_tensors(kept[name], {"predicted": scores[0].predicted})
+            rows[name] = {"point": wanted[name][0], "num_images": wanted[name][1], **self._accuracies(scores)}
+            runs.save_json(path, rows)
         if not self.run.is_done("5_datasets"):
             self.run.record("5_datasets", time.perf_counter() - start)
         return {name: rows[name] for name in names}

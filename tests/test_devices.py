@@ -1,6 +1,8 @@
-"""Number formats by name and by processor."""
+"""Number formats by name and by processor; works side by side."""
 
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -60,3 +62,65 @@ def test_without_a_compiler_nothing_is_compiled_and_a_line_says_so(layer, monkey
     assert devices.compiled(layer, torch.zeros(6, 8)) is None
     said = capsys.readouterr().err
     assert "stays uncompiled" in said and "no-such-compiler" in said and len(said.splitlines()) == 2
+
+
+# --- side by side ---
+
+
+def test_works_side_by_side_come_in_order_and_share_the_cores():
+    """The earlier ones take longer; three at a time, however many there are."""
+    now, most, guard, cores = 0, 0, threading.Lock(), torch.get_num_threads()
+
+    def work(k, look):
+        nonlocal now, most
+        with guard:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.1 - k / 100)
+        with guard:
+            now -= 1
+        return k, torch.get_num_threads()
+
+    works = ((lambda look, k=k: work(k, look)) for k in range(9))
+    assert list(devices.side_by_side(works, 3)) == [(k, max(1, cores // 3)) for k in range(9)]
+    assert most == 3 and torch.get_num_threads() == cores
+
+
+def test_no_more_works_are_asked_for_than_will_soon_be_done():
+    asked, done = 0, 0
+
+    def works():
+        nonlocal asked
+        for _ in range(40):
+            asked += 1
+            assert asked <= done + 6
+            yield lambda look: None
+
+    for _ in devices.side_by_side(works(), 2):
+        done += 1
+    assert done == 40
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_error_of_one_ends_the_others(at_once):
+    ended = []
+
+    def fails(look):
+        time.sleep(0.1)
+        raise ZeroDivisionError
+
+    def goes_on(look):
+        try:
+            while True:
+                look("an epoch", 3)
+                time.sleep(0.01)
+        except InterruptedError:
+            ended.append(True)
+            raise
+
+    with pytest.raises(ZeroDivisionError):
+        list(devices.side_by_side([fails, goes_on, goes_on, goes_on, goes_on], at_once))
+    assert 2 <= len(ended) <= 3 if at_once == 3 else not ended  # those that had begun
+    found = devices.side_by_side([lambda look: 0, *[goes_on] * (at_once - 1)], at_once)
+    assert next(found) == 0
+    found.close()  # nobody wants the rest
