@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -110,26 +111,30 @@ def search(
         epoch = trial.suggest_int("epoch", *space.epoch)
         images = images_of(steps, guidance, epoch)
         trial.set_user_attr("generation_seconds", time.perf_counter() - start)
-        best = {"value": -1.0, "val_accuracy": 0.0, "test_accuracy": 0.0}
+        best, weights = {"value": -1.0, "val_accuracy": 0.0}, {}
 
         def on_epoch(number: int, model: classifier.ResNet20, val_accuracy: float) -> None:
             value = val_accuracy if select_on == "val" else classifier.accuracy(model, data.test)
             if value > best["value"]:
-                test_accuracy = value if select_on == "test" else classifier.accuracy(model, data.test)
-                best.update(value=value, val_accuracy=val_accuracy, test_accuracy=test_accuracy)
+                best.update(value=value, val_accuracy=val_accuracy)
+                weights.update(copy.deepcopy(model.state_dict()))
             trial.report(best["value"], number)
             if trial.should_prune():
-                finish(number)
+                finish(number, model)
                 raise optuna.TrialPruned()
 
-        def finish(epochs: int) -> None:
-            for key, value in {**best, "classifier_epochs": epochs, "seconds": time.perf_counter() - start}.items():
+        def finish(epochs: int, model: classifier.ResNet20) -> None:
+            model.load_state_dict(weights)
+            test_accuracy = best["value"] if select_on == "test" else classifier.accuracy(model, data.test)
+            took = time.perf_counter() - start
+            facts = {**best, "test_accuracy": test_accuracy, "classifier_epochs": epochs, "seconds": took}
+            for key, value in facts.items():
                 trial.set_user_attr(key, value)
 
-        _, history = classifier.train_classifier(
+        model, history = classifier.train_classifier(
             images, labels, data.val, data.num_classes, seed=seed, on_epoch=on_epoch, **classifier_options
         )
-        finish(len(history))
+        finish(len(history), model)
         return best["value"]
 
     def signed(trial: optuna.Trial) -> float:

@@ -21,17 +21,27 @@ def digits():
     return data.load("digits:100", image_size=8)
 
 
+class Right(torch.nn.Module):
+    """In place of a classifier: its one weight is its accuracy."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("accuracy", torch.zeros((), dtype=torch.float64))
+
+
 def train_classifier(images, labels, val, num_classes, *, epochs, seed, on_epoch):
-    """In place of a classifier: an accuracy that is highest at UGS 2 and grows with the epochs."""
-    history = []
+    """An accuracy that is highest at UGS 2 and grows with the epochs."""
+    model, history = Right(), []
     for epoch in range(1, epochs + 1):
         history.append(math.exp(-((float(images[1]) - 2) ** 2) / 4) * epoch / epochs)
-        on_epoch(epoch, history[-1], history[-1])
-    return None, history
+        model.accuracy.fill_(history[-1])
+        on_epoch(epoch, model, history[-1])
+    return model, history
 
 
 def accuracy(model, split):
-    return model / 2
+    """On the test images half of it."""
+    return float(model.accuracy) / 2
 
 
 FORMULA = ((classifier, "train_classifier", train_classifier), (classifier, "accuracy", accuracy))

@@ -8,10 +8,9 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from sdgen_lib import classifier, data, tune
-
-SPACE = tune.Space((5, 20), (0.0, 7.5), (1, 4))
-
+from sdgen_lib import classifier, tune
+from tests import search_worker
+from tests.search_worker import SPACE
 
 # --- the plan ---
 
@@ -71,22 +70,21 @@ def formula(monkeypatch):
     def images_of(steps, guidance, epoch):
         return torch.tensor([steps, guidance, epoch], dtype=torch.float64)
 
-    def train_classifier(images, labels, val, num_classes, *, epochs, seed, on_epoch):
-        history = []
-        for epoch in range(1, epochs + 1):
+    def train_classifier(*images, on_epoch, **options):
+        def counted(*facts):
             state["classifier epochs"] += 1
-            history.append(math.exp(-((float(images[1]) - 2) ** 2) / 4) * epoch / epochs)
-            on_epoch(epoch, history[-1], history[-1])
-        return None, history
+            on_epoch(*facts)
+
+        return search_worker.train_classifier(*images, on_epoch=counted, **options)
 
     monkeypatch.setattr(classifier, "train_classifier", train_classifier)
-    monkeypatch.setattr(classifier, "accuracy", lambda model, split: model / 2)
+    monkeypatch.setattr(classifier, "accuracy", search_worker.accuracy)
     return images_of, state
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits:100", image_size=8)
+    return search_worker.digits()
 
 
 def search(study, images_of, digits, n_trials=40, epochs=9, **changes):
