@@ -120,9 +120,14 @@ def training(o: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def resnet(o: argparse.Namespace) -> list[dict[str, Any]]:
-    """An epoch of ResNet20, against a plain loop with a DataLoader, float32: as in `demo`, and as in the paper."""
+    """An epoch of ResNet20, against a plain loop with a DataLoader, float32: as in `demo`, and as in the paper.
+
+    One alone, as in a trial of a search, and on a CPU one for each core side by side, as in the tables.
+    """
     rows, dtype = [], devices.classifier_dtype("auto", o.device)
-    for size, batch in ((16, 32), (32, 256)):
+    cores = torch.get_num_threads() if o.device == "cpu" else 1
+    cases = [(16, 32, 1), (16, 32, cores), (32, 256, 1), (32, 256, cores)]
+    for size, batch, at_once in cases if cores > 1 else cases[::2]:
         digits = data.load("digits", image_size=size)
         n, val = len(digits.train), data.Split(digits.val.images[:8], digits.val.labels[:8])
         loader = DataLoader(TensorDataset(digits.train.images, digits.train.labels), batch_size=batch, shuffle=True)
@@ -134,23 +139,26 @@ def resnet(o: argparse.Namespace) -> list[dict[str, Any]]:
             optimizer.zero_grad()
             loss.backward()
 
-        def ours() -> None:
+        def epoch(look: Callable[..., None]) -> None:
             classifier.train_classifier(
                 digits.train.images, digits.train.labels, val, 10, epochs=1, batch_size=batch, device=o.device,
-                dtype=dtype,
+                dtype=dtype, on_epoch=look,
             )  # fmt: skip
+
+        def ours() -> None:
+            list(devices.side_by_side([epoch] * at_once, at_once))
 
         def peer() -> None:
             net.train()
-            for images, labels in loader:
-                step(images, labels)
-                optimizer.step()
+            for _ in range(at_once):
+                for images, labels in loader:
+                    step(images, labels)
+                    optimizer.step()
 
-        work = n * flops(lambda: step(digits.train.images[:1], digits.train.labels[:1]))
-        rows.append(compare(
-            f"ResNet20, {size} pixels, batch {batch}", ours, peer, "plain loop with DataLoader, float32", n, o.device,
-            o.repeats, work, ceiling(o.device, dtype),
-        ))  # fmt: skip
+        work = at_once * n * flops(lambda: step(digits.train.images[:1], digits.train.labels[:1]))
+        name = f"ResNet20, {size} pixels, batch {batch}, " + (f"{at_once} side by side" if at_once > 1 else "one")
+        rows.append(compare(name, ours, peer, "plain loop with DataLoader, float32", at_once * n, o.device, o.repeats,
+                            work, ceiling(o.device, dtype)))  # fmt: skip
     return rows
 
 
