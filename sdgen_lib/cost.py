@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from . import devices
 from .classifier import ResNet20
-from .devices import classifier_dtype
 from .memory import MicroBatch
 from .settings import Settings, resolve
 from .train import FIXED_NOISES
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 PRUNED_SHARE = 0.6  # of the classifier epochs a pruner lets run, roughly: half or less in small searches
 COMPILED_SHARE = 0.55  # of an uncompiled pass's time, on two CPU cores (see `Backbone.compile_unet`)
+TABLE_STEPS = 4  # of each classifier, when they are timed side by side
 STEPS = ("1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets")
 
 
 MEASURED_WITH = ("precision", "sample_batch_size", "transfer_batch_size", "finetune_batch_size", "finetune_method",
                  "classifier_batch_size", "classifier_width", "classifier_shortcut")  # fmt: skip
 _measured: dict[tuple, dict[str, float]] = {}  # a machine is as fast for the next run as for this one
-KINDS = ("pass", "transfer", "finetune", "encode", "decode", "classifier")
+KINDS = ("pass", "transfer", "finetune", "encode", "decode", "classifier", "table")
 
 
 def _seconds(batch: int, work: Callable[[int], object], repeats: int = 2) -> float:
@@ -48,7 +49,8 @@ def _seconds(batch: int, work: Callable[[int], object], repeats: int = 2) -> flo
 
 def measure(course: Course) -> dict[str, float]:
     """Seconds per image on this machine of each of `KINDS`: a UNet pass, one more with the gradient of its context
-    (step 1), one with the gradient of its weights (step 3), the VAE's two halves, a step of classifier training."""
+    (step 1), one with the gradient of its weights (step 3), the VAE's two halves, a step of classifier training, alone
+    and with as many side by side as the tables train."""
     s, side = course.settings, course.data.image_size
     of = (s.backbone, side, course.data.num_classes, course.compiles, *(getattr(s, name) for name in MEASURED_WITH))
     if of in _measured:
@@ -62,10 +64,14 @@ def measure(course: Course) -> dict[str, float]:
         context = torch.zeros(batch, model.tokens, model.width, device=device, requires_grad=True)
         return model.predict_noise(latents, t, context).float().sum()
 
-    def classifier(batch: int) -> torch.Tensor:
+    def classifier(net: ResNet20, batch: int) -> None:
         images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
-        return F.cross_entropy(net(images), torch.zeros(batch, dtype=torch.int64, device=device))
+        F.cross_entropy(net(images), torch.zeros(batch, dtype=torch.int64, device=device)).backward()
+
+    def side_by_side(batch: int) -> None:
+        works = [lambda look, net=net: [classifier(net, batch) for _ in range(TABLE_STEPS)] for net in nets]
+        list(devices.side_by_side(works, len(nets)))
 
     found = {}
     with torch.no_grad():
@@ -84,10 +90,13 @@ def measure(course: Course) -> dict[str, float]:
         model.unet_dtype(model.dtype)
     else:  # the few weights that train cost little beside the way back through the frozen ones
         found["finetune"] = found["transfer"]
-    dtype = classifier_dtype(s.precision, model.device)
-    net = ResNet20(course.data.num_classes, s.classifier_width, dtype, s.classifier_shortcut)
-    net = net.to(device, memory_format=torch.channels_last)
-    found["classifier"] = _seconds(s.classifier_batch_size, lambda n: classifier(n).backward())
+    dtype, sets = devices.classifier_dtype(s.precision, model.device), s.max_multiple + 1
+    nets = [ResNet20(course.data.num_classes, s.classifier_width, dtype, s.classifier_shortcut)
+            .to(device, memory_format=torch.channels_last)
+            for _ in range(devices.best_at_once(sets * s.classifier_seeds))]  # fmt: skip
+    found["classifier"] = found["table"] = _seconds(s.classifier_batch_size, lambda n: classifier(nets[0], n))
+    if len(nets) > 1:
+        found["table"] = _seconds(s.classifier_batch_size, side_by_side) / TABLE_STEPS / len(nets)
     if course.compiles:  # compiling only to measure would take longer than many a step
         found["pass"] *= COMPILED_SHARE
     _measured[of] = found
@@ -120,7 +129,7 @@ def count(settings: Settings, step: str, num_train: int, num_val: int, space: Sp
     else:
         sizes = [num_train, *(k * num_train for k in range(1, s.max_multiple + 1))]  # real, x1 .. xK
         generated = sizes[-1] + (num_train if s.larger_sets == "random" else 0)
-        images["classifier"] = s.classifier_seeds * s.classifier_epochs * sum(map(epoch, sizes))
+        images["table"] = s.classifier_seeds * s.classifier_epochs * sum(map(epoch, sizes))
     images["decode"], images["pass"] = generated, 2 * steps * generated
     return images
 

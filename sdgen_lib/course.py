@@ -365,8 +365,6 @@ class Course:
         classifier is given, and so its rounding.
         """
         seeds = range(self.settings.seed, self.settings.seed + self.settings.classifier_seeds)
-        one_by_one = devices.default_device() != "cpu"  # a card has enough to do with one
-        at_once = 1 if one_by_one else min(torch.get_num_threads(), of * len(seeds))
 
         def score(split: data.Split, seed: int, look: Callable[..., None]) -> classifier.Score:
             return classifier.score(split.images, split.labels, self.data.val, self.data.test, self.data.num_classes,
@@ -374,7 +372,7 @@ class Course:
 
         works = (functools.partial(score, split, seed) for load in sets.values() for split in [load()]
                  for seed in seeds)  # fmt: skip
-        found = devices.side_by_side(works, at_once)
+        found = devices.side_by_side(works, devices.best_at_once(of * len(seeds)))
         with tqdm(total=len(sets) * len(seeds), unit="classifier") as bar, contextlib.closing(found):
             for name in sets:
                 bar.set_description(name)

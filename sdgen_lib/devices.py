@@ -69,7 +69,8 @@ def compiled(module: torch.nn.Module, *example: Any, **named: Any) -> Callable |
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            fast = torch.compile(module.forward, dynamic=False)
+            # What the processor says of itself is believed: to compile a test of it takes longer than it may save.
+            fast = torch.compile(module.forward, dynamic=False, options={"cpp.vec_isa_ok": True})
             fast(*example, **named)
         return fast
     except Exception as error:
@@ -78,6 +79,11 @@ def compiled(module: torch.nn.Module, *example: Any, **named: Any) -> Callable |
         return None
     finally:
         logging.disable(before)
+
+
+def best_at_once(count: int) -> int:
+    """How many of ``count`` works `side_by_side` should do at a time: one for each core; a card has enough with one."""
+    return min(torch.get_num_threads(), count) if default_device() == "cpu" else 1
 
 
 def side_by_side(works: Iterable[Callable[[Callable[..., None]], T]], at_once: int) -> Iterator[T]:

@@ -74,18 +74,19 @@ def test_the_synthetic_sets(finished, monkeypatch):
     assert told(monkeypatch, finished.course, "5_datasets", **{"pass": 1.0}) == pytest.approx(found["pass"], rel=0.1)
     # Two classifiers, three epochs, on the real 100 images and on 100 and 200 synthetic ones.
     assert found["classifier"] == 2 * 3 * (100 + 100 + 200)
-    assert told(monkeypatch, finished.course, "5_datasets", classifier=1.0) == found["classifier"]
+    assert told(monkeypatch, finished.course, "5_datasets", table=1.0) == found["classifier"]
 
 
 def test_classifiers_of_large_sets_cost_no_more_than_the_limit():
     s = resolve(recipe="demo", backbone="tiny", classifier_epoch_limit=1200, classifier_epoch_images=400)
-    found = [cost.count(s, "5_datasets", n, 100)["classifier"] for n in (300, 1000, 50_000)]
+    found = [cost.count(s, "5_datasets", n, 100)["table"] for n in (300, 1000, 50_000)]
     seen = [(400 + 400 + 600 + 900), (1000 + 1000 + 1200 + 1200), 4 * 1200]  # real, x1, x2, x3
     assert found == [3 * 24 * n for n in seen]
 
 
 def test_a_larger_recipe_costs_more(finished, monkeypatch):
-    unit = {"pass": 1e-3, "transfer": 2e-3, "finetune": 3e-3, "encode": 0.0, "decode": 0.0, "classifier": 1e-4}
+    unit = {"pass": 1e-3, "transfer": 2e-3, "finetune": 3e-3, "encode": 0.0, "decode": 0.0, "classifier": 1e-4,
+            "table": 1e-4}  # fmt: skip
     monkeypatch.setattr(cost, "measure", lambda course: unit)
     monkeypatch.setattr(cost, "readable", lambda seconds: seconds)
     table = cost.table(finished.course)
