@@ -8,8 +8,9 @@ import optuna
 import pytest
 import torch
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
-from sdgen_lib import backbone, classifier, runs, train, tune
+from sdgen_lib import backbone, classifier, devices, runs, train, tune
 from sdgen_lib import course as courses
 from sdgen_lib.course import ROWS, Course
 from sdgen_lib.settings import resolve
@@ -156,6 +157,22 @@ def test_a_second_course_reuses_everything(finished, micro, no_work):
     assert len(again.synthetic(2)) == 200
     with pytest.raises(Worked):  # a third block is not there
         again.synthetic(3)
+
+
+def test_a_tables_classifiers_side_by_side_are_those_one_by_one(copied, micro, monkeypatch):
+    """On one core each; also where half of the table was there already."""
+    rows = copied / "digits-100" / "tiny-demo-seed0" / "table_2.json"
+    found = {}
+    with threadpool_limits(1, user_api="openmp"):
+        for name, at_once, kept in (("alone", 1, ()), ("two", 2, ()), ("the rest", 3, ("real", "x2"))):
+            runs.save_json(rows, {row: found["alone"][row] for row in kept})
+            monkeypatch.setattr(devices, "best_at_once", lambda count, at_once=at_once: at_once)
+            course = Course(micro(copied))
+            found[name] = course.scaling()
+            assert float((course.predicted("x1") == course.data.test.labels).float().mean()) == pytest.approx(
+                found[name]["x1"]["test"][0]
+            )
+    assert found["alone"] == found["two"] == found["the rest"]
 
 
 def test_another_seed_is_another_run(finished, micro, no_work):
