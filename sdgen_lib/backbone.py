@@ -86,8 +86,8 @@ class Backbone:
     def compile_unet(self, batch: int) -> None:
         """From now on ``batch`` latents at once, no more and no fewer, pass a compiled UNet while no gradient is asked.
 
-        Each number of latents would be compiled anew. Two CPU cores take 40 s for the tiny model, 5 s in later
-        processes, and then pass it at nearly twice the speed; Stable Diffusion's UNet they pass more slowly.
+        Each number of latents would be compiled anew. Two CPU cores take 40 s for the tiny model, seconds in
+        later processes, and then pass it 1.5 times as fast; Stable Diffusion's UNet they pass more slowly.
         """
         if batch not in self._fast:
             latents = torch.zeros(batch, *self.latent_shape, device=self.device, dtype=self.dtype)

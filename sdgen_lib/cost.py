@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from .tune import Space
 
 PRUNED_SHARE = 0.6  # of the classifier epochs a pruner lets run, roughly: half or less in small searches
-COMPILED_SHARE = 0.55  # of an uncompiled pass's time, on two CPU cores (see `Backbone.compile_unet`)
+COMPILED_SHARE = 0.65  # of an uncompiled pass's time, on two CPU cores (see `Backbone.compile_unet`)
 TABLE_STEPS = 4  # of each classifier, when they are timed side by side
 STEPS = ("1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets")
 
 
 MEASURED_WITH = ("precision", "sample_batch_size", "transfer_batch_size", "finetune_batch_size", "finetune_method",
-                 "classifier_batch_size", "classifier_width", "classifier_shortcut")  # fmt: skip
+                 "classifier_batch_size", "classifier_width", "classifier_shortcut", "classifier_seeds",
+                 "max_multiple")  # fmt: skip
 _measured: dict[tuple, dict[str, float]] = {}  # a machine is as fast for the next run as for this one
 KINDS = ("pass", "transfer", "finetune", "encode", "decode", "classifier", "table")
 

@@ -471,11 +471,11 @@ class Course:
         n = len(self.data.train)  # of each set: where it samples, how many images
         wanted = {name: (None, n) if name == "real" else (point, int(name[1:]) * n) for name in names}
         kept = {name: self._predicted_path(name) for name in names}
-        done = [name for name in names if self._same(rows.get(name), *wanted[name]) and runs.is_whole(kept[name])]
-        if done != names:
+        todo = [name for name in names
+                if not (self._same(rows.get(name), *wanted[name]) and runs.is_whole(kept[name]))]  # fmt: skip
+        if todo:
             print(f"Step 5: {names[-1]} synthetic set, {len(names)} x {s.classifier_seeds} classifiers "
                   f"({cost.text(self, '5_datasets')}).")  # fmt: skip
-        todo = [name for name in names if name not in done]
         with self.run.lock("5_datasets"):  # all of them drawn first: the classifiers will have the cores to themselves
             for block in sorted({block for name in todo if name != "real" for block in self._blocks(int(name[1:]))}):
                 self.make_block(block, progress=f"synthetic block {block}")

@@ -211,8 +211,8 @@ class Workers:
 
     Beside a journal file each worker holds a lock file, which the operating system frees when it dies; its trials carry
     the file's name. In a database a worker writes into its trial every now and then, and who hears nothing of a trial
-    for long enough, by a clock of its own, takes its worker for dead. (Optuna's heartbeat never misses a worker that
-    was killed before its first beat, and does not reach through the gRPC proxy.)
+    for long enough, by a clock of its own, takes its worker for dead. (Optuna's own heartbeat does
+    not notice a worker that was killed before its first beat, and does not reach through the gRPC proxy.)
     """
 
     def __init__(self, storage: str):
