@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
-from sdgen_lib import backbone, classifier, devices, runs, train, tune
+from sdgen_lib import backbone, classifier, devices, runs, steps, train, tune
 from sdgen_lib import course as courses
 from sdgen_lib.course import ROWS, Course
 from sdgen_lib.settings import resolve
@@ -141,7 +141,7 @@ def no_work(monkeypatch):
         raise Worked
 
     monkeypatch.setattr(train, "fit", refuse)
-    monkeypatch.setattr(courses, "generate", refuse)
+    monkeypatch.setattr(steps, "generate", refuse)
     monkeypatch.setattr(classifier, "train_classifier", refuse)
     monkeypatch.setattr(backbone, "load", refuse)
 
