@@ -1,16 +1,16 @@
-"""Speed and memory, measured: ``python -m sdgen_lib.bench sampler|train|classifier|search|course|scaling|phases``.
+"""Speed and memory, measured: ``python -m sdgen_lib.bench WHAT``.
 
-The first five run ours and a named peer in one process on the same weights, batch, steps, guidance and images, by
-turns after a warm-up: the median of each, their ratio with its spread, and the share of the machine's own ceiling, a
-large matrix product of the same dtype measured in the same run. ``scaling`` shows how time and memory grow, ``phases``
-what each part of the method costs on one backbone.
+``sampler``, ``train``, ``classifier``, ``search`` and ``course`` run ours and a named peer in one process on the same
+weights, batch, steps, guidance and images, by turns after a warm-up: the median of each, their ratio with its spread,
+and the share of the machine's own ceiling, a large matrix product of the same dtype measured in the same run.
+``images`` shows what speed costs in pixels and CAS, ``scaling`` how time and memory grow, ``phases`` what each part of
+the method costs on one backbone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from . import classifier, course, data, devices, lora, runs, sample, settings, train, tune
+from . import classifier, data, devices, lora, sample, train
+from .bench_runs import exactness, pruning, whole_course
 from .bench_tools import Peak, ceiling, compare, encoder_for, flops, load, pipeline_of, seconds
 
 
@@ -162,44 +163,6 @@ def resnet(o: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def pruning(o: argparse.Namespace) -> list[dict[str, Any]]:
-    """The default first search, with pruning and without, over ``--repeats`` seeds: classifier epochs and best CAS.
-
-    Runs in `runs/bench`, where each seed's step 1 is reused.
-    """
-    rows = []
-    for seed in range(o.repeats):
-        found = {}
-        for kind, extra in (("pruned", {}), ("whole", {"pruning": False})):
-            folder = str(runs.default_runs_dir() / f"bench-{kind}")
-            run = course.Course(settings.resolve("demo", o.backbone, seed=seed, runs_dir=folder, **extra))
-            frame = tune.trials_frame(run.search())
-            row = run.cas("after 2")
-            found[kind] = (int(frame.classifier_epochs.sum()), row["test"])
-        (epochs, cas), (all_epochs, whole_cas) = found["pruned"], found["whole"]
-        rows.append({
-            "what": f"search, seed {seed}", "classifier epochs": epochs, "without pruning": all_epochs,
-            "share": epochs / all_epochs,
-            "CAS": statistics.mean(cas), "CAS without pruning": statistics.mean(whole_cas),
-            "standard error": statistics.stdev(whole_cas) / len(whole_cas) ** 0.5,
-        })  # fmt: skip
-    return rows
-
-
-def whole_course(o: argparse.Namespace) -> list[dict[str, Any]]:
-    """The five steps of a short course, against the same in float32 without pruning."""
-    small = dict(recipe="demo", backbone=o.backbone, dataset="digits:200", transfer_epochs=4, finetune_epochs=2,
-                 n_trials=6, num_images=200, classifier_seeds=1, max_multiple=1)  # fmt: skip
-
-    def run(**changes: Any) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            found = course.Course(settings.resolve(**small, runs_dir=folder, **changes))
-            found.cas("after 1"), found.cas("after 4"), found.scaling()
-
-    name, peer = "short course on digits:200", "the same in float32, nothing pruned"
-    return [compare(name, run, lambda: run(precision="fp32", pruning=False), peer, 1, o.device, max(1, o.repeats // 2))]
-
-
 def scaling(o: argparse.Namespace) -> list[dict[str, Any]]:
     """Time and memory of generation against the number of images, classes and the image size."""
     model = load(o.backbone, o.device, "auto")
@@ -264,8 +227,8 @@ def phases(o: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-BENCHMARKS = {"sampler": sampler, "train": training, "classifier": resnet, "search": pruning, "course": whole_course,
-              "scaling": scaling, "phases": phases}  # fmt: skip
+BENCHMARKS = {"sampler": sampler, "train": training, "classifier": resnet, "search": pruning, "images": exactness,
+              "course": whole_course, "scaling": scaling, "phases": phases}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -277,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=25, help="inference steps (IS)")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale (UGS)")
     parser.add_argument("--images", type=int, default=1024, help="training images of `train`")
-    parser.add_argument("--repeats", type=int, default=3, help="turns, or seeds of `search`")
+    parser.add_argument("--repeats", type=int, default=3, help="turns, or seeds of `search` and `images`")
     parser.add_argument("--precision", nargs="+", default=["auto"], help="of `phases`: fp32 bf16 fp16")
     parser.add_argument("--optimizer", nargs="*", default=["adamw"], help="of `phases`: adamw adamw-8bit")
     parser.add_argument("--json", type=Path, help="write the rows there too")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from sdgen_lib import bench, bench_tools
+from sdgen_lib import bench, bench_runs, bench_tools
 
 
 def on_meta(kind, config):
@@ -40,6 +40,16 @@ def test_the_ratio_is_that_of_the_times():
     assert 2 < row["lowest"] <= row["ratio"] <= row["highest"] < 4
     assert row["ours, images/s"] == pytest.approx(10 / 0.02, rel=0.3)
     assert row["share of ceiling"] == pytest.approx(1e6 / 0.02 / 1e9, rel=0.3)
+
+
+def test_searches_are_compared_seed_by_seed():
+    """Differences -0.02, 0, -0.01: their mean is -0.01, their standard deviation 0.01."""
+    rows = [{"classifier epochs": 50, "without pruning": 100, "CAS": whole + less, "CAS without pruning": whole}
+            for whole, less in ((0.9, -0.02), (0.8, 0.0), (0.7, -0.01))]  # fmt: skip
+    found = bench_runs.over_seeds(rows)
+    assert found["share"] == 0.5 and found["without pruning"] == 300
+    assert found["difference"] == pytest.approx(-0.01)
+    assert found["its standard error"] == pytest.approx(0.01 / 3**0.5)
 
 
 def test_peak_memory_is_seen():
