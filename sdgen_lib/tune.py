@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from . import classifier
 from .data import ImageData
-from .storage import FINISHED, Workers, keep, open_study, resume_study, retried_before, share_study
+from .storage import FINISHED, keep, open_study, resume_study, share_study
+from .workers import Workers, retried_before
 
 __all__ = ["FINISHED", "PARAMETERS", "Space", "Workers", "importances", "keep", "open_study", "plan", "resume_study"]
 __all__ += ["search", "share_study", "trials_frame", "value_of"]

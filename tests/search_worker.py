@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from sdgen_lib import classifier, data, storage, tune
+from sdgen_lib import classifier, data, tune, workers
 
 SPACE = tune.Space((5, 20), (0.0, 7.5), (1, 4))
 SETTINGS = {"num_images": 100, "space": [[5, 20], [0.0, 7.5], [1, 4]]}
 # Dead workers are missed after seconds, not minutes.
-IN_A_HURRY = ((storage, "HEARTBEAT_SECONDS", 1), (storage, "GRACE_SECONDS", 8), (tune, "POLL_SECONDS", 0.2))
+IN_A_HURRY = ((workers, "HEARTBEAT_SECONDS", 1), (workers, "GRACE_SECONDS", 8), (tune, "POLL_SECONDS", 0.2))
 
 
 def digits():
@@ -65,6 +65,6 @@ def take_part(where: str, name: str, begun: Path, n_trials: int, dies_in: int | 
         return torch.tensor(point, dtype=torch.float64)
 
     study = tune.share_study(where, name, SETTINGS)
-    with tune.Workers(where) as workers:
+    with tune.Workers(where) as me:
         tune.search(study, SPACE, images_of, images.train.labels, images, n_trials=n_trials, select_on="val", seed=0,
-                    classifier_options={"epochs": 3}, workers=workers)  # fmt: skip
+                    classifier_options={"epochs": 3}, workers=me)  # fmt: skip

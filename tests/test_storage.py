@@ -18,7 +18,8 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from sdgen_lib import storage, tune
+from sdgen_lib import tune
+from sdgen_lib.workers import retry
 from tests import search_worker
 from tests.search_worker import IN_A_HURRY, SETTINGS, SPACE
 
@@ -164,7 +165,7 @@ def test_workers_share_a_search_and_take_over_a_dead_ones_trial(shared, count, s
 @pytest.mark.parametrize("signs", [True, False])
 def test_a_trial_whose_worker_died_before_its_first_beat_is_done_again(signs, digits, formula, tmp_path, monkeypatch):
     """In a database: as much of it as was written is there, and nothing ever comes after."""
-    monkeypatch.setattr(storage, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("sdgen_lib.workers.GRACE_SECONDS", 0.5)
     monkeypatch.setattr(tune, "POLL_SECONDS", 0.1)
     where = f"sqlite:///{tmp_path / 'search.db'}"
     study = tune.share_study(where, "dead: step 2", SETTINGS)
@@ -183,7 +184,7 @@ def test_a_trial_whose_worker_died_before_its_first_beat_is_done_again(signs, di
 
 def test_a_dead_workers_trial_that_two_enqueue_is_done_once(digits, formula, tmp_path, monkeypatch):
     """Two that miss it at the same moment both enqueue it; the search still has its n trials, that one among them."""
-    monkeypatch.setattr(storage, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("sdgen_lib.workers.GRACE_SECONDS", 0.5)
     monkeypatch.setattr(tune, "POLL_SECONDS", 0.1)
     where = str(tmp_path / "search.log")
     study = tune.share_study(where, "twice: step 2", SETTINGS)
@@ -191,7 +192,7 @@ def test_a_dead_workers_trial_that_two_enqueue_is_done_once(digits, formula, tmp
     point = {"IS": dead.suggest_int("IS", 7, 7), "UGS": dead.suggest_float("UGS", 1.5, 1.5),
              "epoch": dead.suggest_int("epoch", 2, 2)}  # fmt: skip
     for _ in range(2):
-        storage._retry(study, study.trials[0])
+        retry(study, study.trials[0])
     with tune.Workers(where) as workers:  # the dead one's trial is not failed before the first of the two begins
         tune.search(study, SPACE, lambda *p: torch.tensor(p, dtype=torch.float64), digits.train.labels, digits,
                     n_trials=4, select_on="val", seed=0, classifier_options={"epochs": 2}, workers=workers)  # fmt: skip
