@@ -17,6 +17,36 @@ from . import backbone_files, lora, memory
 from .devices import autocast, compiled, compute_dtype, default_device
 
 
+class OneContext:
+    """A context manager, to be entered again and again, for UNet passes that are all given the same context.
+
+    What the linear ``maps`` make of it, the keys and values of cross-attention, depends on nothing else: it is computed
+    in the first pass and kept, where a sampler would have it computed at every step.
+    """
+
+    def __init__(self, maps: list[torch.nn.Module]):
+        self._forwards = {linear: self._once(linear.forward) for linear in maps}
+
+    @staticmethod
+    def _once(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        kept: list[torch.Tensor] = []
+
+        def answer(context: torch.Tensor) -> torch.Tensor:
+            if not kept:
+                kept.append(forward(context))
+            return kept[0]
+
+        return answer
+
+    def __enter__(self) -> None:
+        for linear, forward in self._forwards.items():
+            linear.forward = forward
+
+    def __exit__(self, *_) -> None:
+        for linear in self._forwards:
+            del linear.forward  # the class's own is seen again
+
+
 @dataclasses.dataclass
 class Backbone:
     """A pretrained latent diffusion model, everything frozen. Build it with `load`."""
@@ -94,6 +124,12 @@ class Backbone:
             t = torch.zeros(batch, dtype=torch.int64, device=self.device)
             context = torch.zeros(batch, self.tokens, self.width, device=self.device, dtype=self.dtype)
             self._fast[batch] = compiled(self.unet, latents, t, encoder_hidden_states=context)
+
+    def one_context(self) -> OneContext:
+        """For passes that are all given the same context (see `OneContext`); those of a compiled UNet stay whole."""
+        attentions = [module for path, module in self.unet.named_modules() if path.endswith(".attn2")]
+        is_compiled = any(self._fast.values())
+        return OneContext([] if is_compiled else [linear for a in attentions for linear in (a.to_k, a.to_v)])
 
     @property
     def gains_by_compiling(self) -> bool:

@@ -42,9 +42,11 @@ def generate_latents(
 
     ``context`` may come from the Class-Encoder or from the text encoder.
     """
+    one_context = backbone.one_context()
 
     def guided(latents, t):
-        return guided_noise(backbone.predict_noise, latents, t, context, unconditional, guidance_scale)
+        with one_context:
+            return guided_noise(backbone.predict_noise, latents, t, context, unconditional, guidance_scale)
 
     noise = noise.to(backbone.device)
     return SAMPLERS[sampler](guided, noise, num_inference_steps, backbone.alphas_cumprod, callback)

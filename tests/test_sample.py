@@ -1,11 +1,12 @@
 """An image depends on (run seed, set, index), its label and the sampler: on nothing else."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 
-from sdgen_lib import data, sample
+from sdgen_lib import backbone, data, sample
 from sdgen_lib.class_encoder import ClassEncoder
 
 
@@ -171,3 +172,41 @@ def test_initial_noise_belongs_to_seed_set_and_index():
 def test_balanced_labels():
     labels = sample.balanced_labels(11, 4)
     assert labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2] and labels.dtype == torch.int64
+
+
+# --- one context for all steps ---
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 2.0])
+def test_keys_and_values_of_the_context_are_computed_once(tiny, encoder, monkeypatch, guidance_scale):
+    """And the latents are those of who computes them at every step. A callback's own pass has its own context."""
+    linear, seen = tiny.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k, []
+    forward = torch.nn.Linear.forward
+
+    def counted(self, x):
+        if self is linear:
+            seen.append(x)
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", counted)
+    noise, t = sample.initial_noise(0, "set", range(2), tiny.latent_shape), torch.tensor([500])
+    other = encoder.contexts()[2:]
+    own_passes = []
+
+    def look(*_):
+        own_passes.append(tiny.predict_noise(noise[:1], t, other))
+
+    def latents(**options):
+        return sample.generate_latents(
+            tiny, encoder.contexts()[:2], encoder.unconditional(), noise, num_inference_steps=5,
+            guidance_scale=guidance_scale, **options,
+        )  # fmt: skip
+
+    found = latents()
+    assert len(seen) == 1
+    assert torch.equal(latents(callback=look), found) and len(seen) == 1 + 1 + 5
+    assert all(torch.equal(own, tiny.predict_noise(noise[:1], t, other)) for own in own_passes)
+    seen.clear()
+    monkeypatch.setattr(backbone.Backbone, "one_context", lambda self: contextlib.nullcontext())
+    torch.testing.assert_close(latents(), found)
+    assert len(seen) == 5
