@@ -53,8 +53,8 @@ def plan(
     over 100 epochs are 5 brackets of 10 trials, all of them start-up trials, random search throughout. So: one
     bracket for every 20 trials (at most what the epochs allow), a third of a bracket's trials at random at first
     (10 at most). A trial survives a rung if it is among the best third of those that came so far. A single bracket is
-    successive halving, whose first rung is then free to choose: after a fifth of the epochs, where the order of the
-    trials is nearly the final one (replayed on three whole searches: after an eighth, the best trial of one was lost).
+    successive halving, whose first rung is then free to choose: after a fifth of the epochs. Over eight seeds of `demo`
+    that left 54 % of the epochs and cost 1.0 +- 0.4 points of CAS (`bench search`); after an eighth it was worse.
 
     The second result makes the sampler of trial number k, so that a search that was killed goes on as it would have.
     """
