@@ -127,9 +127,10 @@ class Backbone:
 
     def one_context(self) -> OneContext:
         """For passes that are all given the same context (see `OneContext`); those of a compiled UNet stay whole."""
+        if any(self._fast.values()):
+            return OneContext([])
         attentions = [module for path, module in self.unet.named_modules() if path.endswith(".attn2")]
-        is_compiled = any(self._fast.values())
-        return OneContext([] if is_compiled else [linear for a in attentions for linear in (a.to_k, a.to_v)])
+        return OneContext([linear for a in attentions for linear in (a.to_k, a.to_v)])
 
     @property
     def gains_by_compiling(self) -> bool:

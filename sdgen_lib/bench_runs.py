@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 from typing import Any
 
-from . import classifier, course, runs, sample, settings, tune
+from . import course, data, runs, sample, settings, tune
 from .bench_tools import compare, load
 
 
@@ -58,21 +59,17 @@ def exactness(o: argparse.Namespace) -> list[dict[str, Any]]:
     for seed in range(o.repeats):
         folder = str(runs.default_runs_dir() / "bench-pruned")
         run = course.Course(settings.resolve("demo", o.backbone, seed=seed, runs_dir=folder))
-        point, s = run.point("after 2"), run.settings
-        labels = sample.balanced_labels(s.num_images, run.data.num_classes)
-        sets = {"CAS": run.draw(point, labels, "table 1"), "CAS in float32": sample.generate(
-            exact, run.use(point["transfer_epoch"]), labels, num_inference_steps=point["IS"],
-            guidance_scale=point["UGS"], seed=s.seed, set_name="table 1", image_size=run.data.image_size,
-            antialias=s.antialias, unconditional=s.unconditional, sampler=s.sampler,
-        )}  # fmt: skip
+        found, labels = run.cas("after 2"), sample.balanced_labels(run.settings.num_images, run.data.num_classes)
+        point = found["point"]
+        images = run.draw(point, labels, "table 1")
+        run.backbone, run.compiles = exact, False
+        run.reset()
+        exact_images = run.draw(point, labels, "table 1")
+        ((_, scores),) = run.scores({"float32: CAS": functools.partial(data.Split, exact_images, labels)})
         row: dict[str, Any] = {"what": f"images after 2, seed {seed}, IS {point['IS']}, UGS {point['UGS']:.2f}"}
-        for name, images in sets.items():
-            scores = [classifier.score(
-                images, labels, run.data.val, run.data.test, run.data.num_classes, seed=k,
-                **course.classifier_options(s),
-            ).test_accuracy for k in range(s.seed, s.seed + s.classifier_seeds)]  # fmt: skip
-            row[name], row[f"{name}, deviation"] = statistics.mean(scores), statistics.stdev(scores)
-        apart = (sets["CAS"].int() - sets["CAS in float32"].int()).abs()
+        for name, cas in (("CAS", found["test"]), ("CAS in float32", [score.test_accuracy for score in scores])):
+            row[name], row[f"{name}, deviation"] = statistics.mean(cas), statistics.stdev(cas)
+        apart = (images.int() - exact_images.int()).abs()
         row["largest pixel difference"], row["mean pixel difference"] = int(apart.max()), float(apart.float().mean())
         rows.append(row)
     return rows

@@ -28,7 +28,7 @@ class Course(Steps):
     result, from the run folder where it is already there.
     """
 
-    def _scores(
+    def scores(
         self, sets: dict[str, Callable[[], data.Split]], of: int = 1
     ) -> Iterator[tuple[str, list[classifier.Score]]]:
         """For each set of a table, by its name, the scores of the run's classifier seeds.
@@ -81,7 +81,7 @@ class Course(Steps):
             start = time.perf_counter()
             images = self.draw(point, labels, "table 1", progress=f"{row}: generating")
             seconds = time.perf_counter() - start
-            ((_, scores),) = self._scores({f"{row}: CAS": lambda: data.Split(images, labels)})
+            ((_, scores),) = self.scores({f"{row}: CAS": lambda: data.Split(images, labels)})
             rows[row] = {"point": point, **self._accuracies(scores), "seconds": seconds, "num_images": len(labels),
                          "select_on": self.settings.select_on}  # fmt: skip
             runs.save_json(path, rows)
@@ -157,7 +157,7 @@ class Course(Steps):
         def load(name: str) -> data.Split:
             return self.data.train if name == "real" else self.synthetic(int(name[1:]))
 
-        for name, scores in self._scores({name: functools.partial(load, name) for name in todo}, of=len(names)):
+        for name, scores in self.scores({name: functools.partial(load, name) for name in todo}, of=len(names)):
             runs.save_tensors(kept[name], {"predicted": scores[0].predicted})
             rows[name] = {"point": wanted[name][0], "num_images": wanted[name][1], **self._accuracies(scores)}
             runs.save_json(path, rows)
