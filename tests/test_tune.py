@@ -35,12 +35,21 @@ def test_plan(n_trials, n_epochs, brackets):
     assert sampler(0)._n_startup_trials <= 10
 
 
-@pytest.mark.parametrize(("n_trials", "n_epochs"), [(16, 30), (50, 100), (20, 40), (60, 27), (100, 9), (4, 3), (18, 6)])
-def test_no_rung_lies_at_the_last_epoch(n_trials, n_epochs):
-    """A trial that has trained to the end costs what a complete one costs: pruning it there would only hide it."""
-    pruner, _ = tune.plan(n_trials, n_epochs, seed=0)
-    rungs = {pruner._min_resource * 3 ** (bracket + k) for bracket in range(brackets_of(pruner)) for k in range(9)}
-    assert n_epochs not in rungs and min(rungs) < n_epochs
+@pytest.mark.parametrize(
+    ("n_epochs", "rungs"), [(1, [1]), (2, [1]), (4, [2]), (6, [2, 6]), (24, [8, 24]), (25, [9]), (100, [34])]
+)
+def test_the_rungs_of_a_single_bracket(n_epochs, rungs):
+    """After a third of the epochs, and none just before the end, where next to nothing is left to save."""
+    pruner, _ = tune.plan(n_trials=16, n_epochs=n_epochs, seed=0)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    reached, trial = [], study.ask()
+    for epoch in range(1, n_epochs + 1):
+        before = len(study.trials[0].system_attrs)
+        trial.report(0.5, epoch)
+        assert not trial.should_prune()  # it is alone
+        if len(study.trials[0].system_attrs) > before:
+            reached.append(epoch)
+    assert reached == rungs
 
 
 def test_the_sampler_of_a_trial_depends_on_seed_and_number():
@@ -134,6 +143,15 @@ def test_without_pruning_every_trial_runs_to_its_end(tmp_path, formula, digits):
     assert not frame.pruned.any() and frame.classifier_epochs.eq(9).all()
 
 
+@pytest.mark.parametrize(("n_trials", "n_epochs"), [(12, 9), (12, 3), (8, 2), (42, 9)])
+def test_no_trial_is_pruned_at_the_last_epoch(tmp_path, formula, digits, n_trials, n_epochs):
+    """One that has trained to the end costs what a complete one costs: pruning it there would only hide it."""
+    study = tune.open_study(tmp_path / "journal.log", "step 2")
+    frame = tune.trials_frame(search(study, formula[0], digits, n_trials=n_trials, epochs=n_epochs))
+    assert frame.pruned.any() and not frame.pruned.all()
+    assert (frame.pruned == (frame.classifier_epochs < n_epochs)).all()
+
+
 def test_selecting_on_the_test_set(tmp_path, formula, digits):
     study = tune.open_study(tmp_path / "journal.log", "step 2")
     search(study, formula[0], digits, n_trials=5, select_on="test")
@@ -180,7 +198,7 @@ def test_a_stopped_search_goes_on_as_an_unbroken_one(tmp_path, formula, digits, 
     def train_or_stop(images, *args, on_epoch, **options):
         def on_epoch_or_stop(number, model, value):
             on_epoch(number, model, value)
-            if number == 7:  # it has passed the first rung
+            if number == 13:  # it has passed a rung
                 stop_now("classifier")
 
         return train_classifier(images, *args, on_epoch=on_epoch_or_stop, **options)
