@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .course import Course
     from .tune import Space
 
-PRUNED_SHARE = 0.6  # of the classifier epochs a pruner lets run, roughly: half or less in small searches
+PRUNED_SHARE = 0.7  # of the classifier epochs the pruner of a small search lets run (`bench search`); a large one less
 COMPILED_SHARE = 0.65  # of an uncompiled pass's time, on two CPU cores (see `Backbone.compile_unet`)
 TABLE_STEPS = 4  # of each classifier, when they are timed side by side
 STEPS = ("1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets")
