@@ -7,13 +7,13 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData, ModelCardData
 
-from . import backbone_files, data, report, runs
+from . import backbone_files, data_named, report, runs
 from .course import Course
 
 PAPER = "https://arxiv.org/abs/2405.02698"
 DATA_LICENCES = {
     "digits": "CC BY 4.0 (Optical Recognition of Handwritten Digits, UCI repository)",
-    **dict.fromkeys(data.CIFAR, "none stated by its authors"),
+    **dict.fromkeys(data_named.CIFAR, "none stated by its authors"),
 }
 UNKNOWN = "see where it came from"
 LOADING = {
@@ -168,8 +168,8 @@ def _licence(course: Course) -> str:
     s = course.settings
     name = s.dataset.lower().split(":")[0]
     source = DATA_LICENCES.get(name, UNKNOWN)
-    if name in data.names() and (flag := name.split("_")[0]) in data.MEDMNIST:
-        import medmnist  # slow, and makes a folder in the home: see `data`
+    if name in data_named.names() and (flag := name.split("_")[0]) in data_named.MEDMNIST:
+        import medmnist  # slow, and makes a folder in the home: see `data_named`
 
         source = medmnist.INFO[flag]["license"]
     return f"""No licence is granted here. What was made from others' work stays under their terms:

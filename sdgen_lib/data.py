@@ -1,17 +1,6 @@
 """Images with class labels, from a name, a MedMNIST-style ``.npz`` file or a folder, as one `ImageData`.
 
-Where the named datasets come from:
-
-- ``digits``: the 1797 handwritten digits inside scikit-learn; nothing is downloaded.
-- ``cifar10``, ``cifar100``: through torchvision.
-- ``pathmnist`` ... ``organsmnist``: the 2-D, one-label-per-image sets of MedMNIST v2, at 28 pixels;
-  ``pathmnist_64``, ``_128`` and ``_224`` are the larger files that MedMNIST publishes beside them.
-
-Files and folders are read by `data_files`. Downloads are checked against their MD5 and kept in the folder
-that the environment variable ``SDGEN_DATA`` names (``~/.cache/sdgen_lib`` without it).
-
-medmnist, scikit-learn and torchvision's datasets are imported where they are used: they take seconds, and
-medmnist makes a folder ``~/.medmnist``, which nobody needs who does not use its sets.
+The named datasets are read by `data_named`, files and folders by `data_files`; here the missing splits are made.
 """
 
 from __future__ import annotations
@@ -24,26 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import data_files, files
+from . import data_files, data_named
 from .settings import shown, unknown_name
 
-TEST_FRACTION, VAL_FRACTION, CIFAR_VAL_FRACTION = 0.25, 0.15, 0.2
+TEST_FRACTION, VAL_FRACTION, CIFAR_VAL_FRACTION = 0.25, 0.15, 0.2  # of all the images, of those for training
 DIGITS_SIZE, FOLDER_SIZE = 16, 32
-CIFAR = ("cifar10", "cifar100")
-MEDMNIST = (
-    "pathmnist",
-    "dermamnist",
-    "octmnist",
-    "pneumoniamnist",
-    "retinamnist",
-    "breastmnist",
-    "bloodmnist",
-    "tissuemnist",
-    "organamnist",
-    "organcmnist",
-    "organsmnist",
-)
-MEDMNIST_SUFFIXES = ("", "_64", "_128", "_224")  # medmnist's own file names: none is 28 pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,18 +62,13 @@ class ImageData:
         return torch.bincount(self.train.labels, minlength=self.num_classes)
 
 
-def names() -> list[str]:
-    """Every dataset name that `load` knows."""
-    return ["digits", *CIFAR, *(flag + suffix for flag in MEDMNIST for suffix in MEDMNIST_SUFFIXES)]
-
-
 def load(
     dataset: str | os.PathLike, image_size: int | None = None, seed: int = 0, base_dir: Path | None = None
 ) -> ImageData:
     """Load a dataset as uint8 RGB images ``(N, 3, H, W)``, int64 labels ``(N,)`` and class names.
 
     Args:
-        dataset: one of `names()` (a name wins over a folder called the same: write ``./digits`` for
+        dataset: one of `data_named.names()` (a name wins over a folder called the same: write ``./digits`` for
             the folder), or the path of an ``.npz`` file (MedMNIST's layout) or of a folder (one
             sub-folder of images per class, or these inside ``train/``, ``test/`` and maybe ``val/``).
             ``:N`` after it, as in ``digits:200``, keeps N training images, in the classes' proportions.
@@ -116,33 +85,33 @@ def load(
         ConnectionError: a download failed; says where to put the files by hand.
     """
     if not isinstance(dataset, (str, os.PathLike)):
+        known = ", ".join(["digits", *data_named.CIFAR, *data_named.MEDMNIST])
         raise TypeError(
-            f"dataset is {dataset!r}; it must be text: a name ({', '.join(['digits', *CIFAR, *MEDMNIST])}), "
-            "or the path of a .npz file or of a folder."
+            f"dataset is {dataset!r}; it must be text: a name ({known}), or the path of a .npz file or of a folder."
         )
     if image_size is not None and (type(image_size) is not int or not 8 <= image_size <= 1024):
         raise ValueError(f"image_size is {image_size!r}; it must be a whole number from 8 to 1024, or None.")
     name, count = _split_count(os.fspath(dataset), base_dir)
-    known = name.lower()
-    if known in names():
-        data = _read_named(known, seed)
-        default_size = DIGITS_SIZE if known == "digits" else data.image_size
+    slug, val_fraction = name.lower(), VAL_FRACTION
+    if slug in data_named.names():
+        class_names, parts = data_named.read(slug)
+        default_size = DIGITS_SIZE if slug == "digits" else parts["train"][0].shape[1]
+        if slug in data_named.CIFAR:
+            val_fraction = CIFAR_VAL_FRACTION
+    elif (path := _find(name, base_dir)).is_dir():
+        slug, class_names, parts = data_files.read_folder(path, image_size or FOLDER_SIZE)
+        default_size = FOLDER_SIZE
     else:
-        path = _find(name, base_dir)
-        if path.is_dir():
-            slug, class_names, parts = data_files.read_folder(path, image_size or FOLDER_SIZE)
-            default_size = FOLDER_SIZE
-        else:
-            slug, class_names, parts = data_files.read_npz(path)
-            default_size = parts["train"][0].shape[1]
-        data = ImageData(path.stem, slug, class_names, **_three_splits(parts, seed))
+        slug, class_names, parts = data_files.read_npz(path)
+        default_size = parts["train"][0].shape[1]
+    data = ImageData(os.fspath(dataset), slug, class_names, **_three_splits(parts, seed, val_fraction))
     _check_classes(data, name)
     if count is not None:
         data = _keep(data, count, seed, name)
     size = image_size or default_size
     slug = data.slug if size == default_size else f"{data.slug}-{size}px"
     train, val, test = (Split(resize(s.images, size), s.labels) for s in (data.train, data.val, data.test))
-    return ImageData(os.fspath(dataset), slug, data.class_names, train, val, test)
+    return replace(data, slug=slug, train=train, val=val, test=test)
 
 
 def resize(images: torch.Tensor, size: int, antialias: bool = True) -> torch.Tensor:
@@ -171,7 +140,7 @@ def _split_count(text: str, base_dir) -> tuple[str, int | None]:
         return text, None
     if re.fullmatch(r"[0-9]{1,18}", count):
         return name, int(count)
-    if name.lower() in names() or (name and any(place.exists() for place in _places(name, base_dir))):
+    if name.lower() in data_named.names() or (name and any(place.exists() for place in _places(name, base_dir))):
         raise ValueError(
             f"{text!r} asks for {count!r} training images; write a whole number after the colon, as in '{name}:200'."
         )
@@ -188,7 +157,7 @@ def _places(name: str, base_dir) -> list[Path]:
 
 def _find(name: str, base_dir) -> Path:
     """The existing file or folder that `name` means."""
-    if reason := _refusal(re.sub(r"_(28|64|128|224)$", "", name.lower())):
+    if reason := data_named.refusal(re.sub(r"_(28|64|128|224)$", "", name.lower())):
         raise ValueError(
             f"{name!r} cannot be used, because {reason}; choose a set of 2-D images with one label each, "
             "such as 'pathmnist'."
@@ -202,16 +171,7 @@ def _find(name: str, base_dir) -> Path:
     if name.startswith((".", "~")) or name.endswith(".npz") or "/" in name or os.sep in name:
         tried = " or ".join(map(str, places))
         raise FileNotFoundError(f"No file or folder at {tried}; correct the path {shown(name)}.")
-    raise unknown_name("dataset", name, names())
-
-
-def _refusal(flag: str) -> str | None:
-    """Why this set of MedMNIST's cannot be used; None for every other name."""
-    if flag == "chestmnist":
-        return "it is multi-label: one image can have several labels or none"
-    if re.fullmatch("(organ|nodule|adrenal|fracture|vessel|synapse)mnist3d", flag):
-        return "its samples are 3-D volumes"
-    return None
+    raise unknown_name("dataset", name, data_named.names())
 
 
 def _check_classes(data: ImageData, name: str) -> None:
@@ -260,7 +220,7 @@ def _split_off(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return split.take(np.flatnonzero(~chosen)), split.take(np.flatnonzero(chosen))
 
 
-def _three_splits(parts: data_files.Parts, seed: int) -> dict[str, Split]:
+def _three_splits(parts: data_files.Parts, seed: int, val_fraction: float = VAL_FRACTION) -> dict[str, Split]:
     """train, val and test: as given, or val taken from train, or all three from one part called "all".
 
     A test split made here is the same for every seed.
@@ -269,7 +229,7 @@ def _three_splits(parts: data_files.Parts, seed: int) -> dict[str, Split]:
     if "all" in splits:
         splits["train"], splits["test"] = _split_off(splits.pop("all"), TEST_FRACTION, seed=0)
     if "val" not in splits:
-        splits["train"], splits["val"] = _split_off(splits["train"], VAL_FRACTION, seed)
+        splits["train"], splits["val"] = _split_off(splits["train"], val_fraction, seed)
     return splits
 
 
@@ -282,69 +242,3 @@ def _keep(data: ImageData, count: int, seed: int, name: str) -> ImageData:
         )
     train = data.train.take(_stratified(data.train.labels, count, seed))
     return replace(data, slug=f"{data.slug}-{count}", train=train)
-
-
-# --- named datasets -----------------------------------------------------------------------------------
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("SDGEN_DATA") or "~/.cache/sdgen_lib").expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _read_named(name: str, seed: int) -> ImageData:
-    if name == "digits":
-        from sklearn.datasets import load_digits
-
-        scans = load_digits()  # values 0..16
-        images = np.round(scans.images * (255 / 16)).astype(np.uint8)
-        return ImageData(name, name, tuple("0123456789"), **_three_splits({"all": (images, scans.target)}, seed))
-    if name in CIFAR:
-        return _read_cifar(name, seed)
-    return _read_medmnist(name)
-
-
-def _no_download(name: str, url: str, target: Path, error: Exception) -> ConnectionError:
-    return ConnectionError(
-        f"{name!r} could not be downloaded from {url} ({error}); check the network, or put the file at "
-        f"{target} by hand, or use dataset 'digits', which needs no download."
-    )
-
-
-def _read_cifar(name: str, seed: int) -> ImageData:
-    """Train and test as published; a fifth of train is set aside for validation."""
-    from torchvision import datasets
-
-    cls, folder = getattr(datasets, name.upper()), _cache_folder()
-    try:  # torchvision checks the MD5 of what is there, and downloads only what is missing or wrong
-        train, test = (cls(folder, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        raise _no_download(name, cls.url, folder / cls.filename, error) from error
-    test_split = _to_split(test.data, np.array(test.targets))
-    train_split, val = _split_off(_to_split(train.data, np.array(train.targets)), CIFAR_VAL_FRACTION, seed)
-    return ImageData(name, name, tuple(train.classes), train_split, val, test_split)
-
-
-def _read_medmnist(name: str) -> ImageData:
-    """The splits as published; class names in the order of their numbers."""
-    import medmnist
-    from torchvision.datasets.utils import check_integrity
-
-    flag, _, size = name.partition("_")
-    suffix = name.removeprefix(flag)
-    info, folder, size = medmnist.INFO[flag], _cache_folder(), int(size or 28)
-    cls, path, md5 = getattr(medmnist, info["python_class"]), folder / f"{name}.npz", info[f"MD5{suffix}"]
-    if path.exists() and not check_integrity(path, md5):  # a download that was killed, say
-        files.move_aside(path)
-    if not path.exists():
-        try:
-            cls("train", download=True, root=folder, size=size)
-        except RuntimeError as error:
-            path.unlink(missing_ok=True)  # a download that broke off; it was not there before
-            raise _no_download(name, info[f"url{suffix}"], path, error.__context__ or error) from error
-    if not check_integrity(path, md5):
-        raise ValueError(f"{path} is not what MedMNIST publishes: its MD5 is not {md5}; delete it and run again.")
-    parts = [cls(part, root=folder, size=size) for part in ("train", "val", "test")]
-    class_names = tuple(info["label"][key] for key in sorted(info["label"], key=int))
-    return ImageData(name, name, class_names, *(_to_split(part.imgs, part.labels) for part in parts))

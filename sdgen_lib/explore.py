@@ -11,7 +11,7 @@ import optuna
 import torch
 from matplotlib.figure import Figure
 
-from . import report, tune
+from . import figures, report, tune
 from .backbone import Backbone
 from .class_encoder import ClassEncoder
 from .course import Course
@@ -57,7 +57,7 @@ def guidance(course: Course, study: optuna.Study) -> Explorer:
             f"UGS {near.UGS:.2f}, CAS {near.value:.1%}" + (" when it was pruned" if near.pruned else "")
         )
         title = f"IS {steps.value}, UGS {scale.value:.1f}; CAS of the nearest trial {near.value:.1%}"
-        return report.image_grid([images], [""], [names[i] for i in labels], scale=0.95, title=title)
+        return figures.image_grid([images], [""], [names[i] for i in labels], scale=0.95, title=title)
 
     for control in (steps, scale, who):
         control.observe(lambda _: show(image, draw()), "value")
@@ -135,7 +135,7 @@ def denoising(
 
     def draw(_=None) -> Figure:
         i = step.value - 1
-        return report.image_grid(
+        return figures.image_grid(
             [torch.stack([seen[name][i] for name in ("latents", "predicted", "push")])], [""],
             ["latents", "predicted x0", "push of the class"], scale=1.9,
             title=f"step {step.value} of {num_inference_steps}, t = {timesteps[i]}",
@@ -143,7 +143,7 @@ def denoising(
 
     def still() -> Figure:
         shown = np.unique(np.linspace(0, num_inference_steps - 1, min(MANY, num_inference_steps)).round().astype(int))
-        return report.image_grid(
+        return figures.image_grid(
             [seen[name][shown] for name in ("latents", "predicted", "push")],
             ["latents", "predicted x0", "push of the class"], [f"t={timesteps[i]}" for i in shown], scale=0.8,
             title=f"class {class_names[who.value]}, UGS {guidance_scale:g}",
@@ -200,7 +200,9 @@ class SearchExplorer(Explorer):
         labels = balanced_labels(self.course.settings.num_images, len(names))[: 2 * min(len(names), MANY)]
         images = self.course.draw(point, labels, "trial")
         half = len(labels) // 2
-        show(self.image, report.image_grid([images[:half], images[half:]], ["", ""], [names[i] for i in labels[:half]]))
+        show(
+            self.image, figures.image_grid([images[:half], images[half:]], ["", ""], [names[i] for i in labels[:half]])
+        )
         self.chosen = trial
         self.words.value = (
             f"trial {trial}: IS {row.IS:.0f}, UGS {row.UGS:.2f}, epoch {row.epoch:.0f}, CAS {row.value:.1%}"
@@ -222,7 +224,7 @@ class SearchExplorer(Explorer):
 
     def _still(self) -> Figure:
         if self.study is None:
-            figure, ax = report.new_axes(size=(6, 0.6))
+            figure, ax = figures.new_axes(size=(6, 0.6))
             ax.text(0.5, 0.5, "waiting for the first trial ...", ha="center", va="center")
             ax.axis("off")
             return figure

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from . import classifier, report
+from . import classifier, figures
 from .course import Course, classifier_options
 from .data import Split
 from .widgets import Clickable, Explorer, picture, show
@@ -103,7 +103,7 @@ class Quiz(Explorer):
             lines.append(f"You: {yours} of {done}. The classifier: {its} of {done}.")
         if done < total:
             lines.append(f"Question {done + 1} of {total}: real or generated?")
-            show(self.image, report.image_grid([q.images[done : done + 1]], [""], scale=2.2))
+            show(self.image, figures.image_grid([q.images[done : done + 1]], [""], scale=2.2))
         else:
             lines.append(f"On all held-out images the classifier is right in {self.accuracy:.1%}; a coin in 50%.")
             for button in self.buttons.values():
@@ -116,7 +116,7 @@ class Quiz(Explorer):
         q, rows = self.questions, 2 if len(self.questions.images) > 6 else 1
         numbers = [f"{i + 1}" for i in range(len(q.images))]
         half = -(-len(numbers) // rows)
-        figure = report.image_grid(
+        figure = figures.image_grid(
             [q.images[k * half : (k + 1) * half] for k in range(rows)],
             [f"{k * half + 1} to {min((k + 1) * half, len(numbers))}" for k in range(rows)], scale=0.95,
             title="Real or generated?",
@@ -176,12 +176,12 @@ class Confusion(Explorer):
             f"{name}: {len(rows)} images of class {self.class_names[true]} taken for {self.class_names[said]}"
             + (", the first twelve:" if len(rows) > 12 else ":")
         )
-        show(self.image, report.image_grid([self.split.images[rows[:12]]], [""], scale=0.9))
+        show(self.image, figures.image_grid([self.split.images[rows[:12]]], [""], scale=0.9))
 
     def _still(self) -> Figure:
         accuracies = [float((p == self.split.labels).float().mean()) for p in self.predictions.values()]
         names = [self.class_names[c] for c in self.classes]
-        return report.confusions(
+        return figures.confusions(
             {f"{name}: {value:.1%} right": self.matrices[name][self.classes][:, self.classes].numpy()
              for name, value in zip(self.matrices, accuracies)}, names,
         )  # fmt: skip

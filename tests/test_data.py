@@ -19,7 +19,7 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sdgen_lib import data
+from sdgen_lib import data, data_named
 
 CIFAR_SUBSET = Path(__file__).parents[2] / "shared/data/cifar10-subset.npz"
 
@@ -160,7 +160,7 @@ def test_count_not_a_number(count, tmp_path):
 
 
 def test_names():
-    found = data.names()
+    found = data_named.names()
     assert {"digits", "cifar10", "cifar100", "pathmnist", "pathmnist_64", "organsmnist_224"} <= set(found)
     assert not [name for name in found if "chest" in name or "3d" in name]
     usable = [i for i in medmnist.INFO.values() if "3D" not in i["python_class"] and "multi-label" not in i["task"]]
@@ -194,7 +194,7 @@ def test_dataset_of_another_type_is_refused(dataset):
 
 def test_every_medmnist_set_is_known_or_refused():
     for flag in medmnist.INFO:
-        if flag not in data.names():
+        if flag not in data_named.names():
             with pytest.raises(ValueError, match="cannot be used, because"):
                 data.load(flag)
 
@@ -202,7 +202,7 @@ def test_every_medmnist_set_is_known_or_refused():
 def test_medmnist_is_not_imported_needlessly(tmp_path):
     """Importing it makes a folder in the home folder."""
     code = (
-        "import sys; from sdgen_lib import data; data.names()\n"
+        "import sys; from sdgen_lib import data, data_named; data_named.names()\n"
         "for name in ('medmnist', 'sklearn', 'torchvision'): assert name not in sys.modules, name\n"
         f"data.load({str(write_npz(tmp_path / 'mine.npz'))!r}); assert 'medmnist' not in sys.modules\n"
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdgen_lib import explore, explore_classes, report, tune, widgets
+from sdgen_lib import explore, explore_classes, figures, tune, widgets
 from sdgen_lib.course import Course
 from sdgen_lib.data import Split
 from sdgen_lib.sample import balanced_labels
@@ -58,7 +58,7 @@ def test_sliders_redraw_the_same_seeds(finished):
     images = course.draw(point, torch.full((10,), 7), "explorer")
     near = explore.nearest_trial(tune.trials_frame(study), {"IS": 5, "UGS": 3.5})
     title = f"IS 5, UGS 3.5; CAS of the nearest trial {near.value:.1%}"
-    assert explorer.image.value == drawn(report.image_grid([images], [""], ["7"] * 10, scale=0.95, title=title))
+    assert explorer.image.value == drawn(figures.image_grid([images], [""], ["7"] * 10, scale=0.95, title=title))
     assert f"number {near.name}:" in explorer.words.value and f"{near.value:.1%}" in explorer.words.value
     best = study.best_params
     explorer.steps.value, explorer.scale.value, explorer.who.value = best["IS"], round(best["UGS"], 1), None
@@ -130,7 +130,7 @@ def test_a_click_shows_what_the_trial_was_scored_on(finished, step):
         epochs = (int(row.epoch), None) if step == 2 else (first, int(row.epoch))
         point = dict(zip(("IS", "UGS", "transfer_epoch", "finetune_epoch"), (int(row.IS), row.UGS, *epochs)))
         images = course.draw(point, balanced_labels(40, 10), "trial")  # all that the trial drew
-        grid = report.image_grid([images[:10], images[10:20]], ["", ""], list("0123456789"))
+        grid = figures.image_grid([images[:10], images[10:20]], ["", ""], list("0123456789"))
         assert explorer.image.value == drawn(grid)
         assert f"trial {trial}: IS {row.IS:.0f}, UGS {row.UGS:.2f}" in explorer.words.value
 
@@ -240,7 +240,7 @@ def test_a_click_shows_the_confused_images():
     assert len(explorer.points.children[1:]) == 4 + 3  # the cells that are not empty
     tooltips["cat taken for dog: 2"].click()
     assert "one: 2 images of class cat taken for dog" in explorer.words.value
-    assert explorer.image.value == drawn(report.image_grid([images[1:3]], [""], scale=0.9))
+    assert explorer.image.value == drawn(figures.image_grid([images[1:3]], [""], scale=0.9))
     assert [ax.get_title() for ax in explorer.still().axes] == ["one: 66.7% right", "two: 100.0% right"]
 
 

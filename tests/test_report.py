@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sdgen_lib import paper, report
+from sdgen_lib import figures, paper, report
 from sdgen_lib.data import Split
 
 POINT = {"IS": 50, "UGS": 7.5, "transfer_epoch": 24, "finetune_epoch": None}
@@ -135,22 +135,22 @@ def split(classes, per_class):
 @pytest.mark.parametrize("classes", [2, 10, 12])
 def test_pages_of_images(classes):
     names, part = [f"class {c}" for c in range(classes)], split(classes, 5)
-    figure = drawn(report.by_class(part.images, part.labels, names, per_class=4, title="a title"))
+    figure = drawn(figures.by_class(part.images, part.labels, names, per_class=4, title="a title"))
     rows = min(classes, 10)
     assert len(figure.axes) == 4 * rows
     for c in range(rows):
         axes = figure.axes[4 * c : 4 * c + 4]
         assert axes[0].get_ylabel() == names[c]
         assert all((ax.images[0].get_array() == 20 * c).all() for ax in axes)
-    both = drawn(report.real_beside_synthetic(part, split(classes, 3), names, per_class=6))
+    both = drawn(figures.real_beside_synthetic(part, split(classes, 3), names, per_class=6))
     assert len(both.axes) == rows * (6 + 1 + 3)
     assert (both.axes[5].images[0].get_array() == 255).all()  # class 0 has five real images; then comes the gap
 
 
 def test_one_row_and_one_picture():
     images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
-    assert len(drawn(report.image_grid([images], ["noise"], ["a", "b", "c"])).axes) == 3
-    assert len(drawn(report.image_grid([images[:1]], ["noise"])).axes) == 1
+    assert len(drawn(figures.image_grid([images], ["noise"], ["a", "b", "c"])).axes) == 3
+    assert len(drawn(figures.image_grid([images[:1]], ["noise"])).axes) == 1
 
 
 def test_loss_curve():
