@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,15 +48,13 @@ def _seconds(batch: int, work: Callable[[int], object], repeats: int = 2) -> flo
     return (time.perf_counter() - start) / repeats / batch
 
 
-def measure(course: Course) -> dict[str, float]:
-    """Seconds per image on this machine of each of `KINDS`: a UNet pass, one more with the gradient of its context
-    (step 1), one with the gradient of its weights (step 3), the VAE's two halves, a step of classifier training, alone
-    and with as many side by side as the tables train."""
+def measure(course: Course, kinds: Iterable[str] = KINDS) -> dict[str, float]:
+    """Seconds per image on this machine of these ``kinds`` at least: a UNet pass, one more with the gradient of its
+    context (step 1), one with the gradient of its weights (step 3), the VAE's two halves, a step of classifier
+    training, alone and with as many side by side as the tables train."""
     s, side = course.settings, course.data.image_size
     of = (s.backbone, side, course.data.num_classes, course.compiles, *(getattr(s, name) for name in MEASURED_WITH))
-    if of in _measured:
-        return _measured[of]
-    model = course.backbone
+    found, model = _measured.setdefault(of, {}), course.backbone
     device = torch.device(model.device)
 
     def unet(batch: int) -> torch.Tensor:
@@ -65,42 +63,53 @@ def measure(course: Course) -> dict[str, float]:
         context = torch.zeros(batch, model.tokens, model.width, device=device, requires_grad=True)
         return model.predict_noise(latents, t, context).float().sum()
 
-    def classifier(net: ResNet20, batch: int) -> None:
-        images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
-        images = images.contiguous(memory_format=torch.channels_last)
-        F.cross_entropy(net(images), torch.zeros(batch, dtype=torch.int64, device=device)).backward()
+    @torch.no_grad()
+    def sampling() -> float:
+        seconds = _seconds(s.sample_batch_size, unet)
+        return seconds * COMPILED_SHARE if course.compiles else seconds  # to compile it now would take longer
 
-    def side_by_side(batch: int) -> None:
-        works = [lambda look, net=net: [classifier(net, batch) for _ in range(TABLE_STEPS)] for net in nets]
-        list(devices.side_by_side(works, len(nets)))
+    def decode() -> float:
+        return _seconds(s.sample_batch_size, lambda n: model.decode(torch.zeros(n, *model.latent_shape, device=device)))
 
-    found = {}
-    with torch.no_grad():
-        found["pass"] = _seconds(s.sample_batch_size, unet)
-        found["decode"] = _seconds(
-            s.sample_batch_size, lambda n: model.decode(torch.zeros(n, *model.latent_shape, device=device))
-        )
-        found["encode"] = _seconds(16, lambda n: model.encode(torch.zeros(n, 3, side, side, dtype=torch.uint8)))
-    found["transfer"] = _seconds(s.transfer_batch_size, lambda n: unet(n).backward())
-    if s.finetune_method == "full":
+    def encode() -> float:
+        return _seconds(16, lambda n: model.encode(torch.zeros(n, 3, side, side, dtype=torch.uint8)))
+
+    def transfer() -> float:
+        return _seconds(s.transfer_batch_size, lambda n: unet(n).backward())
+
+    def finetune() -> float:
+        if s.finetune_method != "full":  # few weights, which cost little beside the way back through the frozen ones
+            return measure(course, ["transfer"])["transfer"]
         model.unet_dtype(torch.float32)  # as it trains; to 16 bits and back nothing is lost
         model.unet.requires_grad_(True)
-        found["finetune"] = _seconds(s.finetune_batch_size, lambda n: unet(n).backward())
+        seconds = _seconds(s.finetune_batch_size, lambda n: unet(n).backward())
         for parameter in model.unet.parameters():
             parameter.requires_grad_(False).grad = None
         model.unet_dtype(model.dtype)
-    else:  # the few weights that train cost little beside the way back through the frozen ones
-        found["finetune"] = found["transfer"]
-    dtype, sets = devices.classifier_dtype(s.precision, model.device), s.max_multiple + 1
-    nets = [ResNet20(course.data.num_classes, s.classifier_width, dtype, s.classifier_shortcut)
-            .to(device, memory_format=torch.channels_last)
-            for _ in range(devices.best_at_once(sets * s.classifier_seeds))]  # fmt: skip
-    found["classifier"] = found["table"] = _seconds(s.classifier_batch_size, lambda n: classifier(nets[0], n))
-    if len(nets) > 1:
-        found["table"] = _seconds(s.classifier_batch_size, side_by_side) / TABLE_STEPS / len(nets)
-    if course.compiles:  # compiling only to measure would take longer than many a step
-        found["pass"] *= COMPILED_SHARE
-    _measured[of] = found
+        return seconds
+
+    def training(at_once: int) -> float:
+        dtype = devices.classifier_dtype(s.precision, model.device)
+        nets = [ResNet20(course.data.num_classes, s.classifier_width, dtype, s.classifier_shortcut)
+                .to(device, memory_format=torch.channels_last) for _ in range(at_once)]  # fmt: skip
+
+        def step(net: ResNet20, batch: int) -> None:
+            images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
+            images = images.contiguous(memory_format=torch.channels_last)
+            F.cross_entropy(net(images), torch.zeros(batch, dtype=torch.int64, device=device)).backward()
+
+        def side_by_side(batch: int) -> None:
+            works = [lambda look, net=net: [step(net, batch) for _ in range(TABLE_STEPS)] for net in nets]
+            list(devices.side_by_side(works, at_once))
+
+        return _seconds(s.classifier_batch_size, side_by_side) / TABLE_STEPS / at_once
+
+    table_at_once = devices.best_at_once((s.max_multiple + 1) * s.classifier_seeds)
+    ways = {"pass": sampling, "transfer": transfer, "finetune": finetune, "encode": encode, "decode": decode,
+            "classifier": lambda: training(1), "table": lambda: training(table_at_once)}  # fmt: skip
+    for kind in kinds:
+        if kind not in found:
+            found[kind] = ways[kind]()
     return found
 
 
@@ -139,7 +148,7 @@ def estimate(
     settings: Settings, step: str, num_train: int, num_val: int, unit: dict[str, float], space: Space | None = None
 ) -> float:
     """Seconds that ``step`` takes where an image of each of `KINDS` takes ``unit`` seconds."""
-    return sum(n * unit[kind] for kind, n in count(settings, step, num_train, num_val, space).items())
+    return sum(n * unit[kind] for kind, n in count(settings, step, num_train, num_val, space).items() if n)
 
 
 def readable(seconds: float) -> str:
@@ -153,7 +162,9 @@ def readable(seconds: float) -> str:
 
 def text(course: Course, step: str, space: Space | None = None) -> str:
     """'about 3 min on this machine', for the line before a long run."""
-    seconds = estimate(course.settings, step, len(course.data.train), len(course.data.val), measure(course), space)
+    of = (course.settings, step, len(course.data.train), len(course.data.val))
+    unit = measure(course, [kind for kind, n in count(*of, space).items() if n])
+    seconds = estimate(*of, unit, space)
     return f"about {readable(seconds)} on this machine"
 
 

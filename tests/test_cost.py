@@ -23,7 +23,7 @@ def told(monkeypatch, course, step, space=None, **unit):
     """The number in the line before a step, when each kind of work costs what ``unit`` says."""
     units = {**dict.fromkeys(cost.KINDS, 0.0), **unit}
     with monkeypatch.context() as patch:
-        patch.setattr(cost, "measure", lambda course: units)
+        patch.setattr(cost, "measure", lambda *asked: units)
         patch.setattr(cost, "readable", repr)
         return float(re.fullmatch(r"about (\S+) on this machine", cost.text(course, step, space))[1])
 
@@ -87,7 +87,7 @@ def test_classifiers_of_large_sets_cost_no_more_than_the_limit():
 def test_a_larger_recipe_costs_more(finished, monkeypatch):
     unit = {"pass": 1e-3, "transfer": 2e-3, "finetune": 3e-3, "encode": 0.0, "decode": 0.0, "classifier": 1e-4,
             "table": 1e-4}  # fmt: skip
-    monkeypatch.setattr(cost, "measure", lambda course: unit)
+    monkeypatch.setattr(cost, "measure", lambda *asked: unit)
     monkeypatch.setattr(cost, "readable", lambda seconds: seconds)
     table = cost.table(finished.course)
     assert list(table) == ["1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets"]
@@ -104,3 +104,14 @@ def test_measure_leaves_the_backbone_frozen(micro, tmp_path):
     assert set(unit) == set(cost.KINDS) and all(value > 0 for value in unit.values())
     assert not any(p.requires_grad or p.grad is not None for p in course.backbone.unet.parameters())
     assert cost.measure(course) is unit  # measured once
+
+
+def test_a_step_measures_only_what_it_uses(micro, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "_measured", {})
+    course = Course(micro(tmp_path))
+    cost.text(course, "1_transfer")
+    (unit,) = cost._measured.values()
+    assert set(unit) == {"pass", "transfer", "encode"}
+    transfer = unit["transfer"]
+    cost.text(course, "2_tune")
+    assert set(unit) == {"pass", "transfer", "encode", "decode", "classifier"} and unit["transfer"] == transfer
