@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import logging
 import sys
 import threading
@@ -57,6 +58,18 @@ def autocast(device: str | torch.device, dtype: torch.dtype):
     return torch.autocast(torch.device(device).type, dtype=dtype)
 
 
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Within it nobody looks for garbage: among the millions of new objects of a compiler there is next to none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def compiled(module: torch.nn.Module, *example: Any, **named: Any) -> Callable | None:
     """``module``'s forward pass compiled by TorchInductor for arguments of the shapes of these, without gradients.
 
@@ -67,7 +80,7 @@ def compiled(module: torch.nn.Module, *example: Any, **named: Any) -> Callable |
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of a machine without a GPU, among others
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), no_garbage_collection():
             warnings.simplefilter("ignore")
             # What the processor says of itself is believed: to compile a test of it takes longer than it may save.
             fast = torch.compile(module.forward, dynamic=False, options={"cpp.vec_isa_ok": True})
