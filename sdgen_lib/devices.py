@@ -58,18 +58,6 @@ def autocast(device: str | torch.device, dtype: torch.dtype):
     return torch.autocast(torch.device(device).type, dtype=dtype)
 
 
-@contextlib.contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Within it nobody looks for garbage: among the millions of new objects of a compiler there is next to none."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def compiled(module: torch.nn.Module, *example: Any, **named: Any) -> Callable | None:
     """``module``'s forward pass compiled by TorchInductor for arguments of the shapes of these, without gradients.
 
@@ -77,10 +65,11 @@ def compiled(module: torch.nn.Module, *example: Any, **named: Any) -> Callable |
     compiled stays in TorchInductor's cache folder, from which the next process takes it within seconds.
     """
     print(f"Compiling the {type(module).__name__}, once: up to a minute ...", file=sys.stderr, flush=True)
-    before = logging.root.manager.disable
+    before, collects = logging.root.manager.disable, gc.isenabled()
     logging.disable(logging.WARNING)  # of a machine without a GPU, among others
+    gc.disable()  # among the millions of new objects of a compiler there is next to no garbage to look for
     try:
-        with warnings.catch_warnings(), torch.no_grad(), no_garbage_collection():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             # What the processor says of itself is believed: to compile a test of it takes longer than it may save.
             fast = torch.compile(module.forward, dynamic=False, options={"cpp.vec_isa_ok": True})
@@ -92,6 +81,8 @@ def compiled(module: torch.nn.Module, *example: Any, **named: Any) -> Callable |
         return None
     finally:
         logging.disable(before)
+        if collects:
+            gc.enable()
 
 
 def best_at_once(count: int) -> int:
