@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copyreg
 import functools
 import gc
 import logging
@@ -19,6 +20,15 @@ import torch
 from threadpoolctl import threadpool_limits
 
 T = TypeVar("T")
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    return getattr(torch, name.removeprefix("torch."))
+
+
+# TorchInductor finds in its cache what has the same pickle, and as pickled a memory format is named after the module
+# that first got hold of torch: Optuna, where that was imported first. What one process compiled, others compiled anew.
+copyreg.pickle(torch.memory_format, lambda memory_format: (_memory_format, (str(memory_format),)))
 
 
 def default_device() -> str:

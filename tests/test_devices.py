@@ -1,6 +1,9 @@
 """Number formats by name and by processor; works side by side."""
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -54,6 +57,15 @@ def test_a_compiled_module_answers_as_before(layer, capsys):
     x = torch.randn(5, 8)
     torch.testing.assert_close(fast(x), layer(x))
     assert fast is not None and "Compiling the Sequential, once" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler here")
+def test_what_one_process_compiled_every_other_finds(tmp_path):
+    work = "import torch; from sdgen_lib import devices; devices.compiled(torch.nn.Linear(8, 4), torch.zeros(5, 8))"
+    for first in ("torch", "optuna"):  # Optuna's modules name torch before torch is imported
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", f"import {first}; {work}"], env=environment, check=True)
+    assert len(list(tmp_path.glob("fxgraph/*/*"))) == 1 and len(list(tmp_path.glob("aotautograd/*"))) <= 1
 
 
 def test_without_a_compiler_nothing_is_compiled_and_a_line_says_so(layer, monkeypatch, tmp_path, capsys):
