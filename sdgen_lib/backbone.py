@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import backbone_files, lora, memory
-from .devices import autocast, compiled, compute_dtype, default_device
+from .devices import autocast, compiled, compute_dtype, default_device, keep_freed_memory
 
 
 class OneContext:
@@ -210,6 +210,8 @@ def load(name: str = "tiny", device: str | None = None, precision: str = "auto")
     """
     device = device or default_device()
     dtype = compute_dtype(precision, device)
+    if device == "cpu":
+        keep_freed_memory()
     source = backbone_files.find(name, half=dtype != torch.float32)
     backbone_files.check_text_to_image(source)
     scheduler = DDPMScheduler.from_pretrained(source.folder, subfolder="scheduler")

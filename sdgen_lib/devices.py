@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import copyreg
+import ctypes
 import functools
 import gc
 import logging
+import platform
 import sys
 import threading
 import warnings
@@ -59,6 +61,18 @@ def classifier_dtype(precision: str, device: str) -> torch.dtype:
     """As `compute_dtype`, but never float16, in which a classifier's loss would have to be scaled."""
     dtype = compute_dtype(precision, device)
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep up to 1 GiB that it has freed, where the C library is glibc; elsewhere nothing.
+
+    glibc gives it back, and every batch would have the kernel clear the same pages anew: in a search of the demo recipe
+    8.7 million page faults and 16 s, against 0.4 million and 2 s.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: bytes free at the heap's end before it is made shorter
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger blocks come and go one by one; glibc itself works up to this
 
 
 def autocast(device: str | torch.device, dtype: torch.dtype):

@@ -1,6 +1,7 @@
 """Number formats by name and by processor; works side by side."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,29 @@ def test_without_a_compiler_nothing_is_compiled_and_a_line_says_so(layer, monkey
     assert devices.compiled(layer, torch.zeros(6, 8)) is None
     said = capsys.readouterr().err
     assert "stays uncompiled" in said and "no-such-compiler" in said and len(said.splitlines()) == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_memory_that_was_freed_is_not_asked_for_again():
+    work = """
+import resource, torch
+from sdgen_lib import devices
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**20) for _ in range(100)]  # 400 MiB
+    del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+devices.keep_freed_memory()
+faults()
+print(faults())
+"""
+    told = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True).stdout
+    given_back, kept = map(int, told.split())
+    assert kept < given_back / 50 and given_back > 1000  # 102,400 pages of 4 KiB, or 6400 of 64
 
 
 # --- side by side ---
