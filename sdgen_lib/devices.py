@@ -110,8 +110,14 @@ def compiled(module: torch.nn.Module, *example: Any, **named: Any) -> Callable |
 
 
 def best_at_once(count: int) -> int:
-    """How many of ``count`` works `side_by_side` should do at a time: one for each core; a card has enough with one."""
-    return min(torch.get_num_threads(), count) if default_device() == "cpu" else 1
+    """How many of ``count`` works `side_by_side` should do at a time: one for each core; a card has enough with one.
+
+    The last ones, too few for the cores, join those before them: no core is idle while they are done.
+    """
+    if default_device() != "cpu":
+        return 1
+    cores = torch.get_num_threads()
+    return count if count <= cores else cores + count % cores
 
 
 def side_by_side(works: Iterable[Callable[[Callable[..., None]], T]], at_once: int) -> Iterator[T]:

@@ -122,6 +122,17 @@ def test_works_side_by_side_come_in_order_and_share_the_cores():
     assert most == 3 and torch.get_num_threads() == cores
 
 
+@pytest.mark.parametrize(
+    ("cores", "count", "at_once"), [(2, 1, 1), (2, 2, 2), (2, 3, 3), (2, 12, 2), (2, 5, 3), (16, 3, 3), (16, 20, 20)]
+)
+def test_no_core_is_idle_while_the_last_works_are_done(monkeypatch, cores, count, at_once):
+    monkeypatch.setattr(devices, "default_device", lambda: "cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    assert devices.best_at_once(count) == at_once
+    monkeypatch.setattr(devices, "default_device", lambda: "cuda")
+    assert devices.best_at_once(count) == 1
+
+
 def test_no_more_works_are_asked_for_than_will_soon_be_done():
     asked, done = 0, 0
 
