@@ -36,7 +36,7 @@ def checkpoint_path(folder: Path, epoch: int) -> Path:
 @torch.no_grad()
 def held_out_losses(
     backbone: Backbone, class_encoder: ClassEncoder, held_out: Latents, unconditional: torch.Tensor,
-    batch_size: int = 128,
+    batch_size: int = 256,
 ) -> dict[str, float]:  # fmt: skip
     """The diffusion loss on held-out images with their right label, a wrong one and the unconditional context.
 
