@@ -59,7 +59,8 @@ class Clickable(ipywidgets.GridBox):
     """A figure with invisible buttons over some of its points: `draw` it, as often as it changes."""
 
     def __init__(self):
-        self._image = picture()
+        self._image, self._on_click = picture(), None
+        self._buttons: list[ipywidgets.Button] = []  # made once, then moved
         self._image.layout.grid_area = "1 / 1 / -1 / -1"
         self._image.layout.margin = "0"
         super().__init__([self._image])
@@ -73,21 +74,23 @@ class Clickable(ipywidgets.GridBox):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # settled now: drawn once more, square axes would move from under the buttons
         width, height = (round(side * figure.dpi / CELL) for side in figure.get_size_inches())
-        span, buttons = max(1, size // CELL), []
-        for i, (ax, x, y, tooltip) in enumerate(spots):
+        span, self._on_click = max(1, size // CELL), on_click
+        self._buttons += [self._button(i) for i in range(len(self._buttons), len(spots))]
+        for button, (ax, x, y, tooltip) in zip(self._buttons, spots):
             across, up = ax.transData.transform((x, y)) / CELL
             row, column = (round(middle - span / 2) + 1 for middle in (height - up, across))
-            button = ipywidgets.Button(tooltip=tooltip)
-            button.style.button_color = "transparent"
-            button.layout = ipywidgets.Layout(
-                grid_area=f"{max(row, 1)} / {max(column, 1)} / span {span} / span {span}", width=f"{span * CELL}px",
-                height=f"{span * CELL}px", margin="0", padding="0", border="none",
-            )  # fmt: skip
-            button.on_click(lambda _, i=i: on_click(i))
-            buttons.append(button)
+            button.tooltip = tooltip
+            button.layout.grid_area = f"{max(row, 1)} / {max(column, 1)} / span {span} / span {span}"
+            button.layout.width = button.layout.height = f"{span * CELL}px"
         show(self._image, figure)
         self._image.layout.max_width = None  # the buttons lie where they lie
         self._image.layout.height = f"{height * CELL}px"
         self.layout.grid_template_columns = f"repeat({width}, {CELL}px)"
         self.layout.grid_template_rows = f"repeat({height}, {CELL}px)"
-        self.children = [self._image, *buttons]
+        self.children = [self._image, *self._buttons[: len(spots)]]
+
+    def _button(self, i: int) -> ipywidgets.Button:
+        button = ipywidgets.Button(layout=ipywidgets.Layout(margin="0", padding="0", border="none"))
+        button.style.button_color = "transparent"
+        button.on_click(lambda _: self._on_click(i))
+        return button

@@ -169,9 +169,12 @@ def test_updates_while_the_search_runs(micro, tmp_path, study_of):
     course = Course(micro(tmp_path / "runs"))
     explorer = explore.SearchExplorer(course)  # before the first trial
     assert "waiting" in explorer.words.value and is_png(base64.b64decode(explorer._repr_mimebundle_()["image/png"]))
+    buttons = ()
     for count in (1, 2):
         explorer.update(study_of([(5, 0.5, 1, 0.3, False), (9, 0.7, 2, 0.4, True)][:count]))
         assert len(explorer.points.children) == 1 + 2 * count and f"{count} trials" in explorer.words.value
+        assert explorer.points.children[1 : 1 + len(buttons)] == buttons  # moved, not made anew
+        buttons = explorer.points.children[1:]
 
 
 def test_a_step_without_a_search(finished):
