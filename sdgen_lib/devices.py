@@ -66,8 +66,8 @@ def classifier_dtype(precision: str, device: str) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Lets this process keep up to 1 GiB that it has freed, where the C library is glibc; elsewhere nothing.
 
-    glibc gives it back, and every batch would have the kernel clear the same pages anew: in a search of the demo recipe
-    8.7 million page faults and 16 s, against 0.4 million and 2 s.
+    glibc gives it back, and every batch would have the kernel clear the same pages anew: in chapter 03's process 8.7
+    million page faults and 16 s of system time, against 0.4 million and 2 s.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
