@@ -19,7 +19,7 @@ help:
 	@echo "make course  run notebooks 00 to 07 and print the tables; DATASET, BACKBONE, RECIPE, SEED, RUNS_DIR to choose"
 	@echo "make test    run every test"
 	@echo "make lab     open the notebooks in JupyterLab"
-	@echo "make lint    check the code with ruff"
+	@echo "make lint    check the code and its format with ruff"
 	@echo "make clean   remove caches and build products; keeps runs/ and the environment"
 	@echo "Each installs what it needs into $(VENV) first (VENV=... for another place)."
 
@@ -32,7 +32,7 @@ course: $(VENV)/.installed
 			|| { echo "$$notebook stopped; how far it came is in $$executed" >&2; exit 1; }; \
 	done
 	@echo
-	@$(VENV)/bin/python -m sdgen_lib.report "$(RUNS)"
+	@$(VENV)/bin/python -m sdgen_lib report "$(RUNS)"
 	@echo
 	@echo "The executed notebooks are in $(RUNS)/executed/"
 
@@ -42,6 +42,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	@$(VENV)/bin/python -m ruff check .
+	@$(VENV)/bin/python -m ruff format --check .
 
 lab: $(VENV)/.installed
 	@$(VENV)/bin/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb

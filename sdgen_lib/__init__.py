@@ -4,10 +4,11 @@ __version__ = "0.1.0"
 
 
 def load(folder, device=None, precision="auto"):
-    """A trained generator from the folder that `sdgen_lib.export` made: a `generator.Generator`.
+    """A trained generator from the folder that ``python -m sdgen_lib export --to generator`` made.
 
-    ``images = generator(class_labels, num_inference_steps=10, guidance_scale=1.5)``. Errors as `generator.load`.
+    ``images = generator(class_labels, num_inference_steps=10, guidance_scale=1.5)``. Errors as those of
+    `share.generator.load`.
     """
-    from . import generator  # here, so that importing the package costs nothing
+    from .share.generator import load as load_generator  # here, so that importing the package costs nothing
 
-    return generator.load(folder, device, precision)
+    return load_generator(folder, device, precision)

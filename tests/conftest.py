@@ -7,10 +7,16 @@ import types
 
 import optuna
 import pytest
+import small as small_run
 import torch
 
-from sdgen_lib import backbone, classifier, cost, settings
-from sdgen_lib import course as courses
+from sdgen_lib.classify import networks
+from sdgen_lib.config import settings
+from sdgen_lib.course import ROWS, Course
+from sdgen_lib.diffusion import backbone
+from sdgen_lib.evaluate.scaling import scaling_work
+from sdgen_lib.machine.passes import total
+from sdgen_lib.work import cost
 
 
 def pytest_addoption(parser):
@@ -32,9 +38,9 @@ def tiny_copy(tiny):
 def predict_of_flat_images(alphas_cumprod):
     """The exact noise of noisy flat images: the context (B, 1, 4) holds the value of each latent channel."""
 
-    def predict_noise(latents, t, context):
+    def predict_noise(latents, t, condition):
         alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (latents - alpha_bar.sqrt() * context.view(-1, 4, 1, 1)) / (1 - alpha_bar).sqrt()
+        return (latents - alpha_bar.sqrt() * condition.context.view(-1, 4, 1, 1)) / (1 - alpha_bar).sqrt()
 
     return predict_noise
 
@@ -48,23 +54,50 @@ def flat_model():
     """
     alphas_cumprod = torch.full((10,), 0.5)
     return types.SimpleNamespace(
-        alphas_cumprod=alphas_cumprod, predict_noise=predict_of_flat_images(alphas_cumprod), device="cpu",
-        text_context=lambda prompts: torch.zeros(len(prompts), 1, 4), dtype=torch.float32, loss_weight=lambda t: None,
+        alphas_cumprod=alphas_cumprod,
+        predict_noise=predict_of_flat_images(alphas_cumprod),
+        device="cpu",
+        text_context=lambda prompts: torch.zeros(len(prompts), 1, 4),
+        dtype=torch.float32,
+        loss_weight=lambda t: None,
         unet=types.SimpleNamespace(is_gradient_checkpointing=False, disable_gradient_checkpointing=lambda: None),
-    )  # fmt: skip
+    )
 
 
 MICRO = dict(
-    dataset="digits:100", backbone="tiny", recipe="demo", precision="fp32", transfer_epochs=2, finetune_epochs=2,
-    n_trials=4, num_images=40, classifier_epochs=3, classifier_seeds=2, classifier_epoch_images=1, max_multiple=2,
-    default_steps=5, steps_max=6,
-)  # fmt: skip
+    dataset="digits:100",
+    backbone="tiny",
+    recipe="demo",
+    precision="fp32",
+    transfer_epochs=2,
+    finetune_epochs=2,
+    n_trials=4,
+    num_images=40,
+    classifier_epochs=3,
+    classifier_seeds=2,
+    classifier_epoch_images=1,
+    max_multiple=2,
+    default_steps=5,
+    steps_max=6,
+)
 
 
 @pytest.fixture(scope="session")
 def micro():
     """``micro(runs_dir, **changes)`` -> the settings of the smallest run that passes through every step."""
     return lambda runs_dir, **changes: settings.resolve(**{**MICRO, "runs_dir": str(runs_dir), **changes})
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """``small(runs_dir, **changes)`` -> a course of the smallest run there is, see `small.SMALL`."""
+    path = small_run.write_dataset(tmp_path_factory.mktemp("data") / "small.npz")
+
+    def course(runs_dir, **changes):
+        given = {"dataset": str(path), **small_run.SMALL, "runs_dir": str(runs_dir), **changes}
+        return Course(settings.resolve(**given))
+
+    return course
 
 
 @dataclasses.dataclass
@@ -76,7 +109,7 @@ class Finished:
     """
 
     runs_dir: str
-    course: courses.Course
+    course: Course
     rows: dict
     scaling: dict
     work: dict
@@ -85,15 +118,17 @@ class Finished:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, micro):
     runs_dir = tmp_path_factory.mktemp("runs")
-    course = courses.Course(micro(runs_dir))
-    cost.measure(course)  # now, so that its own passes are not counted
+    course = Course(micro(runs_dir))
+    cost.seconds(
+        course.backbone, total([step.work() for step in course.method.steps()])
+    )  # now, so that its own passes are not counted
     work, now, counting = {}, {}, threading.Lock()
-    predict_noise, forward = backbone.Backbone.predict_noise, classifier.ResNet20.forward
+    predict_noise, forward = backbone.Backbone._predict, networks.ResNet20.forward
     encode, decode = backbone.Backbone.encode, backbone.Backbone.decode
 
-    def counted_predict(self, latents, t, context):
+    def counted_predict(self, unet, latents, t, condition):
         now["trained" if torch.is_grad_enabled() else "pass"] += len(latents)
-        return predict_noise(self, latents, t, context)
+        return predict_noise(self, unet, latents, t, condition)
 
     def counted_forward(self, images):
         with counting:  # a table's classifiers may train in several threads
@@ -114,14 +149,18 @@ def finished(tmp_path_factory, micro):
         return call()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone.Backbone, "predict_noise", counted_predict)
+        patch.setattr(backbone.Backbone, "_predict", counted_predict)
         patch.setattr(backbone.Backbone, "encode", counted_encode)
         patch.setattr(backbone.Backbone, "decode", counted_decode)
-        patch.setattr(classifier.ResNet20, "forward", counted_forward)
-        for step, call in (("1_transfer", course.transfer), ("2_tune", course.search),
-                           ("3_finetune", course.finetune), ("4_retune", course.research)):  # fmt: skip
+        patch.setattr(networks.ResNet20, "forward", counted_forward)
+        for step, call in (
+            ("1_transfer", course.transfer),
+            ("2_tune", course.tune),
+            ("3_finetune", course.finetune),
+            ("4_retune", course.retune),
+        ):
             counted(step, call)
-        rows = counted("table 1", lambda: {row: course.cas(row) for row in courses.ROWS})
+        rows = counted("table 1", lambda: {row: course.cas(row) for row in ROWS})
         scaling = counted("5_datasets", course.scaling)
     return Finished(str(runs_dir), course, rows, scaling, work)
 
@@ -141,12 +180,21 @@ def study_of():
         study = optuna.create_study(direction="maximize", study_name=name)
         for steps, guidance, epoch, value, pruned in rows:
             state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE
-            study.add_trial(optuna.trial.create_trial(
-                params={"IS": steps, "UGS": guidance, "epoch": epoch}, distributions=distributions, state=state,
-                value=None if pruned else value,
-                user_attrs={"value": value, "val_accuracy": value, "test_accuracy": value / 2,
-                            "classifier_epochs": 3 if pruned else 9, "seconds": 1.5},
-            ))  # fmt: skip
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params={"IS": steps, "UGS": guidance, "epoch": epoch},
+                    distributions=distributions,
+                    state=state,
+                    value=None if pruned else value,
+                    user_attrs={
+                        "value": value,
+                        "val_accuracy": value,
+                        "test_accuracy": value / 2,
+                        "classifier_epochs": 3 if pruned else 9,
+                        "seconds": 1.5,
+                    },
+                )
+            )
         return study
 
     return make

@@ -1,19 +1,28 @@
 """The whole method on a micro run: every step, what it leaves, and what a second look reuses."""
 
-import dataclasses
+import json
 import shutil
+import types
 
 import numpy as np
-import optuna
 import pytest
 import torch
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
-from sdgen_lib import backbone, classifier, devices, runs, steps, train, tune
-from sdgen_lib import course as courses
-from sdgen_lib.course import ROWS, Course
-from sdgen_lib.settings import resolve
+from sdgen_lib.classify import scores
+from sdgen_lib.config.settings import resolve
+from sdgen_lib.course import ROWS, Course, Point
+from sdgen_lib.diffusion import backbone, generator
+from sdgen_lib.evaluate import rows as evaluate_rows
+from sdgen_lib.evaluate import scaling, sets
+from sdgen_lib.methods import class_encoder
+from sdgen_lib.search.search import trials_frame
+from sdgen_lib.store import blocks, files
+from sdgen_lib.store.run import results
+from sdgen_lib.work import fitting
+from sdgen_lib.work.fitting import checkpoint_name
+from sdgen_lib.work.workspace import classifier_options
 
 # --- the finished run ---
 
@@ -22,27 +31,32 @@ def test_every_row_of_table_1(finished):
     s = finished.course.settings
     for row in ROWS:
         found = finished.rows[row]
-        assert found["num_images"] == 40 and found["select_on"] == "val" and found["seconds"] > 0
-        assert len(found["test"]) == len(found["val"]) == 2 and all(0 <= v <= 1 for v in found["test"] + found["val"])
-    one, two, three, four = (finished.rows[row]["point"] for row in ROWS)
-    assert one == {"IS": s.default_steps, "UGS": s.default_guidance, "transfer_epoch": 2, "finetune_epoch": None}
-    assert two["finetune_epoch"] is None and three == {**two, "finetune_epoch": 2}
-    assert four["transfer_epoch"] == two["transfer_epoch"] and four["finetune_epoch"] in (1, 2)
+        assert found["num_images"] == 40 and found["seconds"] > 0
+        assert ("select_on" in found) == (row != "after 1")  # nothing was selected before the first search
+        for numbers in ("test", "val", "balanced_test", "per_class", "steps"):
+            assert len(found[numbers]) == 2
+        assert all(0 <= v <= 1 for v in found["test"] + found["val"] + found["balanced_test"])
+        assert all(len(classes) == 10 for classes in found["per_class"])
+    one, two, three, four = (Point(**finished.rows[row]["point"]) for row in ROWS)
+    assert one == Point(s.default_steps, s.default_guidance, 2, None)
+    assert two.finetune_epoch is None and three.finetune_epoch == 2 and three.transfer_epoch == two.transfer_epoch
+    assert four.transfer_epoch == two.transfer_epoch and four.finetune_epoch in (1, 2)
 
 
 def test_the_second_search_is_bounded_by_the_first(finished):
     course = finished.course
-    first, second = course.search(), course.research()
+    first, second = course.tune(), course.retune()
     best = first.best_params
     spaces = ((5, 6), (0, 7.5), (1, 2)), ((5, best["IS"]), (0, 2 * best["UGS"]), (1, 2))
     for study, space in zip((first, second), spaces, strict=True):
-        frame = tune.trials_frame(study)
+        frame = trials_frame(study)
         assert len(frame) == 4
         for name, (low, high) in zip(("IS", "UGS", "epoch"), space, strict=True):
             assert frame[name].between(low, max(high, 1.0)).all()
     for row, study in (("after 2", first), ("after 4", second)):
         point = finished.rows[row]["point"]
-        assert (point["IS"], point["UGS"]) == (study.best_params["IS"], study.best_params["UGS"])
+        found = study.best_params["IS"], study.best_params["UGS"]
+        assert (point["num_inference_steps"], point["guidance_scale"]) == found
 
 
 def test_table_2_has_real_and_synthetic_sets(finished):
@@ -54,17 +68,23 @@ def test_table_2_has_real_and_synthetic_sets(finished):
 def test_what_the_folder_holds(finished):
     path = finished.course.run.path
     assert path.relative_to(finished.runs_dir).as_posix() == "digits-100/tiny-demo-seed0"
-    files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
-    assert files == {
-        "manifest.json", "latents.safetensors", "table_1.json", "table_2.json",
-        *(f"{step}/{name}" for step in ("1_transfer", "3_finetune")
-          for name in ("epoch_001.safetensors", "epoch_002.safetensors", "history.json", "settings.json")),
-        "2_tune/journal.log", "4_retune/journal.log",
-        *(f"5_datasets/block_0{k}.{kind}" for k in (1, 2) for kind in ("npz", "json")),
-        *(f"5_datasets/predicted_{row}.safetensors" for row in ("real", "x1", "x2")),
-    }  # fmt: skip
-    steps = ["1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets"]
-    assert list(finished.course.run.manifest["steps"]) == steps
+    found = {}
+    for result in results(path):
+        assert result.folder.parent == path / result.name and result.fingerprint.startswith(result.folder.name)
+        found[result.name] = set(result.record["files"])
+        on_disk = {p.name for p in result.folder.iterdir() if not p.name.startswith(".")}
+        assert on_disk == {*found[result.name], "record.json"}
+    training = {"epoch_001.safetensors", "epoch_002.safetensors", "history.json"}
+    assert found == {
+        "latents": {"latents.safetensors"},
+        "1_transfer": training,
+        "2_tune": {"journal.log"},
+        "3_finetune": training,
+        "4_retune": {"journal.log"},
+        **{f"table_1/after_{k}": {"predicted.safetensors"} for k in (1, 2, 3, 4)},
+        **{f"5_datasets/block_0{k}": {"images.npz"} for k in (1, 2)},
+        **{f"table_2/{row}": {"predicted.safetensors"} for row in ("real", "x1", "x2")},
+    }
 
 
 def test_latents_are_those_of_the_real_images(finished, tiny):
@@ -82,43 +102,54 @@ def test_str_says_what_will_run(finished):
 
 
 def test_row_names_are_checked(finished):
-    with pytest.raises(ValueError, match="row must be one of after 1, .*not 'after 5'"):
-        finished.course.point("after 5")
+    for ask in (finished.course.point, finished.course.source, finished.course.cas):
+        with pytest.raises(ValueError, match="row must be one of after 1, .*not 'after 5'"):
+            ask("after 5")
+    with pytest.raises(ValueError, match="no row 'x3'. It has: real, x1, x2"):
+        finished.course.predicted("x3")
 
 
 def test_each_point_has_its_own_weights(finished, tiny):
     """A fine-tuned UNet is put aside again; the Class-Encoder is that of the epoch."""
-    course, path = finished.course, finished.course.run.path
-    pretrained = tiny.unet.state_dict()
-    tuned = course.use(1, 2)
-    changed = course.backbone.unet.state_dict()
-    checkpoint = runs.load_tensors(path / "3_finetune" / "epoch_002.safetensors")
+    course, method = finished.course, finished.course.method
+    pretrained, unet = tiny.unet.state_dict(), course.backbone.unet
+    tuned = course.draw(Point(2, 1.0, 1, 2), torch.tensor([0]), "any")
+    changed = {name: value.clone() for name, value in unet.state_dict().items()}
+    checkpoint = files.load_tensors(course.run.file(method.finetune_step, checkpoint_name(2)))
     assert all(torch.equal(changed[name], value.float()) for name, value in checkpoint.items())
     assert not all(torch.equal(changed[name], pretrained[name]) for name in pretrained)
-    saved = runs.load_tensors(path / "1_transfer" / "epoch_001.safetensors")
-    assert all(torch.equal(value, saved[name]) for name, value in tuned.state_dict().items())
-    course.use(2)
-    assert all(torch.equal(value, pretrained[name]) for name, value in course.backbone.unet.state_dict().items())
-    course._loaded = None
+    saved = files.load_tensors(course.run.file(method.transfer_step, checkpoint_name(1)))
+    found = method.class_encoder(1).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in found.items())
+    plain = course.draw(Point(2, 1.0, 1, None), torch.tensor([0]), "any")
+    assert all(torch.equal(value, pretrained[name]) for name, value in unet.state_dict().items())
+    assert not torch.equal(tuned, plain)
 
 
-def test_use_and_draw_in_any_order(finished, micro):
-    """Whatever was put in place by hand before, a point draws the same."""
+def test_points_in_any_order(finished, micro):
+    """Whatever was put in place before, by hand too, a point draws the same."""
     course, labels = Course(micro(finished.runs_dir)), torch.tensor([3, 4])
-    point = {"IS": 5, "UGS": 1.0, "transfer_epoch": 2, "finetune_epoch": None}
-    course.use(2)
+    point = Point(5, 1.0, 2, None)
     first = course.draw(point, labels, "any order")
-    for tuned in ((1, None), (2, 1)):
-        course.use(*tuned)
+    for other in (Point(5, 1.0, 1, None), Point(5, 1.0, 2, 1)):
+        course.draw(other, labels, "any order")
         assert torch.equal(course.draw(point, labels, "any order"), first)
-    assert not torch.equal(course.draw({**point, "finetune_epoch": 2}, labels, "any order"), first)
+    course.backbone.set_unet({name: torch.zeros_like(w) for name, w in course.backbone.unet.state_dict().items()})
+    assert torch.equal(course.draw(point, labels, "any order"), first)
+    assert not torch.equal(course.draw(Point(5, 1.0, 2, 2), labels, "any order"), first)
 
 
-def test_the_unet_was_tuned_with_the_best_class_encoder_fixed(finished):
-    """Step 3 leaves the Class-Encoder's checkpoints alone; the losses of steps 1 and 3 are finite and differ."""
-    one, three = finished.course.transfer(), finished.course.finetune()
+def test_step_3_leaves_the_class_encoder_as_it_was(finished):
+    """Its checkpoints are step 1's, byte for byte as recorded; the losses of both steps are finite and differ."""
+    course = finished.course
+    record = course.run.peek(course.method.transfer_step)
+    for name, expected in record.record["files"].items():
+        assert files.checksum(record.folder / name) == expected
+    one, three = course.transfer(), course.finetune()
     assert np.isfinite(one.to_numpy()).all() and np.isfinite(three.to_numpy()).all()
     assert one.index.tolist() == three.index.tolist() == [1, 2] and not one.equals(three)
+    best = course.tune().best_params["epoch"]
+    assert course.run.peek(course.method.finetune_step).facts["transfer_epoch"] == best
 
 
 # --- a second look ---
@@ -140,9 +171,9 @@ def no_work(monkeypatch):
     def refuse(*args, **options):
         raise Worked
 
-    monkeypatch.setattr(train, "fit", refuse)
-    monkeypatch.setattr(steps, "generate", refuse)
-    monkeypatch.setattr(classifier, "train_classifier", refuse)
+    monkeypatch.setattr(fitting, "fit", refuse)
+    monkeypatch.setattr(generator, "generate", refuse)
+    monkeypatch.setattr(scores, "train_classifier", refuse)
     monkeypatch.setattr(backbone, "load", refuse)
 
 
@@ -150,29 +181,28 @@ def test_a_second_course_reuses_everything(finished, micro, no_work):
     again = Course(micro(finished.runs_dir))
     assert again.transfer().equals(finished.course.transfer())
     assert again.finetune().equals(finished.course.finetune())
-    for search in ("search", "research"):
+    for search in ("tune", "retune"):
         assert getattr(again, search)().best_params == getattr(finished.course, search)().best_params
-    assert {row: again.cas(row) for row in ROWS} == finished.rows
-    assert again.scaling() == finished.scaling
+    assert {row: again.cas(row) for row in ROWS} == finished.rows == again.rows_made(1)
+    assert again.scaling() == finished.scaling == again.rows_made(2)
     assert len(again.synthetic(2)) == 200
     with pytest.raises(Worked):  # a third block is not there
         again.synthetic(3)
 
 
-def test_a_tables_classifiers_side_by_side_are_those_one_by_one(copied, micro, monkeypatch):
-    """On one core each; also where half of the table was there already."""
-    rows = copied / "digits-100" / "tiny-demo-seed0" / "table_2.json"
+def test_a_rows_classifiers_side_by_side_are_those_one_by_one(copied, micro, monkeypatch):
+    """On one core each."""
     found = {}
     with threadpool_limits(1, user_api="openmp"):
-        for name, at_once, kept in (("alone", 1, ()), ("two", 2, ()), ("the rest", 3, ("real", "x2"))):
-            runs.save_json(rows, {row: found["alone"][row] for row in kept})
-            monkeypatch.setattr(devices, "best_at_once", lambda count, at_once=at_once: at_once)
+        for at_once in (1, 2):
             course = Course(micro(copied))
-            found[name] = course.scaling()
-            assert float((course.predicted("x1") == course.data.test.labels).float().mean()) == pytest.approx(
-                found[name]["x1"]["test"][0]
-            )
-    assert found["alone"] == found["two"] == found["the rest"]
+            step = scaling.scaling_step(course.workspace, course.source(), "x1")
+            course.run.forget(step)
+            monkeypatch.setattr(evaluate_rows, "best_at_once", lambda count, at_once=at_once: at_once)
+            found[at_once] = course.run.result(step).facts
+            right = (course.predicted("x1") == course.data.test.labels).float().mean()
+            assert float(right) == pytest.approx(found[at_once]["test"][0])
+    assert found[1] == found[2]
 
 
 def test_another_seed_is_another_run(finished, micro, no_work):
@@ -180,41 +210,19 @@ def test_another_seed_is_another_run(finished, micro, no_work):
         Course(micro(finished.runs_dir, seed=1)).transfer()
 
 
-@pytest.mark.parametrize(
-    ("changes", "step"),
-    [({"transfer_epochs": 3}, "transfer"), ({"num_images": 50}, "search"), ({"select_on": "test"}, "search"),
-     ({"finetune_learning_rate": 0.5}, "finetune")],
-)  # fmt: skip
-def test_settings_that_disagree_with_the_folder_are_refused(finished, micro, no_work, changes, step):
-    name, value = next(iter(changes.items()))
-    with pytest.raises(ValueError, match=f"{name}={value!r} was asked for"):
-        getattr(Course(micro(finished.runs_dir, **changes)), step)()
-
-
-@pytest.mark.parametrize("changes", [{"num_images": 50}, {"classifier_seeds": 3}])
-def test_a_row_of_other_settings_is_not_passed_off_as_asked_for(copied, micro, changes):
-    """Refused, or made anew: a row made from 40 images by 2 classifiers is neither of 50 nor by 3."""
-    shutil.rmtree(copied / "digits-100/tiny-demo-seed0/2_tune")
-    try:
-        found = Course(micro(copied, **changes)).cas("after 1")
-    except ValueError:
-        return
-    assert found["num_images"] == changes.get("num_images", 40)
-    assert len(found["test"]) == changes.get("classifier_seeds", 2)
-
-
-def test_a_longer_search_whose_best_epoch_is_another_makes_the_later_steps_stale(copied, micro, no_work):
-    """The UNet was fine-tuned with one Class-Encoder; it is not to be used with another."""
-    course = Course(micro(copied, n_trials=5))
-    best = course.run.manifest["steps"]["2_tune"]["best"]
-    study = tune.open_study(course.run.folder("2_tune") / "journal.log", "step 2")
-    first = study.trials[0]
-    study.add_trial(optuna.trial.create_trial(
-        params={**first.params, "epoch": 3 - best["epoch"]}, distributions=first.distributions, value=1.1,
-        user_attrs={**first.user_attrs, "value": 1.1},
-    ))  # fmt: skip
-    with pytest.raises((ValueError, Worked)):
-        course.research()
+def test_classifier_seeds_are_shared_neither_by_runs_nor_with_the_search(finished, micro, monkeypatch):
+    seen = []
+    result = types.SimpleNamespace(tests={})
+    monkeypatch.setattr(evaluate_rows, "score", lambda *a, seed, **k: seen.append(seed) or result)
+    monkeypatch.setattr(class_encoder.searches, "search", lambda *a, classifier_seed, **k: seen.append(classifier_seed))
+    for seed in (0, 1, 2):
+        course = Course(micro(finished.runs_dir, seed=seed))
+        view = course.settings.view("classifier", "table", "precision", "seed")
+        evaluate_rows.scores(course.workspace, view, course.data.train, {}, {}, "any")
+        tune = course.method.tune_step()
+        view = course.settings.view(*tune.topics, "how")
+        course.method._run_trials(None, view, tune, course.method.first_space(), None)
+    assert len(seen) == len(set(seen)) == 9
 
 
 # --- the synthetic sets ---
@@ -231,21 +239,18 @@ def test_sets_are_nested_and_have_the_real_class_counts(finished):
     assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))  # fresh noise
 
 
-def test_balanced_sets_and_random_parts(finished, micro, tmp_path):
+def test_balanced_sets_and_random_parts(small, tmp_path):
     """As in the released code: equal numbers per class, x1 apart, x2 a random part of x3."""
-    shutil.copytree(finished.runs_dir, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "digits-100/tiny-demo-seed0/5_datasets")
-    course = Course(micro(tmp_path, class_mix="balanced", larger_sets="random", max_multiple=3))
+    course = small(tmp_path, class_mix="balanced", larger_sets="random", max_multiple=3)
     one, two, three = (course.synthetic(k) for k in (1, 2, 3))
-    assert [len(part) for part in (one, two, three)] == [100, 200, 300]
-    assert torch.bincount(one.labels).tolist() == [10] * 10 and torch.bincount(three.labels).tolist() == [30] * 10
+    assert [len(part) for part in (one, two, three)] == [6, 12, 18]
+    assert torch.bincount(one.labels).tolist() == [3, 3] and torch.bincount(three.labels).tolist() == [9, 9]
     drawn = {image.numpy().tobytes(): int(label) for image, label in zip(three.images, three.labels, strict=True)}
     inside = [drawn.get(image.numpy().tobytes()) == int(label) for image, label in zip(two.images, two.labels)]
-    assert all(inside) and len({image.numpy().tobytes() for image in two.images}) == 200  # no image twice
+    assert all(inside) and len({image.numpy().tobytes() for image in two.images}) == 12  # no image twice
     assert not any(image.numpy().tobytes() in drawn for image in one.images)
     rows = course.scaling()
-    assert [rows[name]["num_images"] for name in ("real", "x1", "x2", "x3")] == [100, 100, 200, 300]
-    assert rows["x3"]["point"]["class_mix"] == "balanced"
+    assert [rows[name]["num_images"] for name in ("real", "x1", "x2", "x3")] == [6, 6, 12, 18]
 
 
 def test_the_sets_start_from_noise_of_no_trial(finished):
@@ -257,17 +262,19 @@ def test_the_sets_start_from_noise_of_no_trial(finished):
 
 
 def test_a_deleted_block_is_made_again_the_same(copied, finished, micro):
-    path = copied / "digits-100/tiny-demo-seed0/5_datasets/block_02.npz"
+    course = Course(micro(copied))
+    path = course.run.file(sets.block_step(course.workspace, course.source(), 2), blocks.BLOCK)
     path.unlink()
-    made = Course(micro(copied)).synthetic(2)
-    expected = finished.course.synthetic(2)
+    made, expected = course.synthetic(2), finished.course.synthetic(2)
     assert path.exists() and torch.equal(made.images, expected.images) and torch.equal(made.labels, expected.labels)
 
 
 def test_blocks_are_datasets_that_numpy_reads(finished):
-    with np.load(finished.course.run.path / "5_datasets/block_01.npz", allow_pickle=False) as file:
+    course = finished.course
+    path = course.run.file(sets.block_step(course.workspace, course.source(), 1), blocks.BLOCK)
+    with np.load(path, allow_pickle=False) as file:
         assert file["images"].shape == (100, 16, 16, 3) and file["images"].dtype == np.uint8
-        assert torch.equal(torch.from_numpy(file["images"]).permute(0, 3, 1, 2), finished.course.synthetic(1).images)
+        assert torch.equal(torch.from_numpy(file["images"]).permute(0, 3, 1, 2), course.synthetic(1).images)
 
 
 # --- a killed step ---
@@ -277,40 +284,51 @@ class Killed(BaseException):
     pass
 
 
-def kill_after_an_epoch(patch):
-    save = runs.save_tensors
+def kill_at_the_second_epoch(patch):
+    save = files.save_tensors
 
     def killing(path, *args, **options):
         if path.name == "epoch_002.safetensors":
             raise Killed
         return save(path, *args, **options)
 
-    patch.setattr(runs, "save_tensors", killing)
+    patch.setattr(files, "save_tensors", killing)
+
+
+def checkpoints(course):
+    folder = course.run.folder(course.method.transfer_step)
+    return {path.name: path.read_bytes() for path in folder.glob("epoch_*")}
 
 
 def test_a_killed_transfer_goes_on_to_the_same_result(finished, micro, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        kill_after_an_epoch(patch)
+        kill_at_the_second_epoch(patch)
         with pytest.raises(Killed):
             Course(micro(tmp_path)).transfer()
-    history = Course(micro(tmp_path)).transfer()
-    assert history.equals(finished.course.transfer())
-    for name in ("epoch_001.safetensors", "epoch_002.safetensors"):
-        mine = tmp_path / "digits-100/tiny-demo-seed0/1_transfer" / name
-        assert mine.read_bytes() == (finished.course.run.path / "1_transfer" / name).read_bytes()
+    again = Course(micro(tmp_path))
+    assert again.transfer().equals(finished.course.transfer())
+    assert checkpoints(again) == checkpoints(finished.course) and len(checkpoints(again)) == 2
 
 
-def test_a_killed_transfer_does_not_go_on_with_other_settings(micro, tmp_path, monkeypatch):
-    """Refused, or begun anew; going on would mix two learning rates in one set of checkpoints."""
+def test_a_killed_transfer_does_not_go_on_with_other_settings(small, tmp_path, monkeypatch):
+    """Going on would mix two learning rates in one set of checkpoints."""
     with monkeypatch.context() as patch:
-        kill_after_an_epoch(patch)
+        kill_at_the_second_epoch(patch)
         with pytest.raises(Killed):
-            Course(micro(tmp_path / "a")).transfer()
-    try:
-        found = Course(micro(tmp_path / "a", transfer_learning_rate=1e-4)).transfer()
-    except ValueError:
-        return
-    assert found.equals(Course(micro(tmp_path / "b", transfer_learning_rate=1e-4)).transfer())
+            small(tmp_path / "a").transfer()
+    found = small(tmp_path / "a", transfer_learning_rate=1e-4)
+    expected = small(tmp_path / "b", transfer_learning_rate=1e-4)
+    assert found.transfer().equals(expected.transfer()) and checkpoints(found) == checkpoints(expected)
+
+
+def test_a_search_that_lost_trials_is_finished_again(small, tmp_path):
+    course = small(tmp_path)
+    first = course.tune()
+    journal = course.run.folder(course.method.tune_step()) / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"half')
+    again = small(tmp_path).tune()
+    assert [(t.params, t.value, t.state) for t in again.trials] == [(t.params, t.value, t.state) for t in first.trials]
 
 
 # --- the reader's own images ---
@@ -318,15 +336,16 @@ def test_a_killed_transfer_does_not_go_on_with_other_settings(micro, tmp_path, m
 
 def test_an_npz_file(micro, tmp_path):
     random = np.random.default_rng(0)
-    arrays = {f"{part}_{kind}": random.integers(0, 256, (12, 20, 20, 3), dtype=np.uint8) if kind == "images"
-              else np.arange(12, dtype=np.uint8)[:, None] % 3
-              for part in ("train", "val", "test") for kind in ("images", "labels")}  # fmt: skip
+    arrays = {}
+    for part in ("train", "val", "test"):
+        arrays[f"{part}_images"] = random.integers(0, 256, (12, 20, 20, 3), dtype=np.uint8)
+        arrays[f"{part}_labels"] = np.arange(12, dtype=np.uint8)[:, None] % 3
     np.savez(tmp_path / "mine.npz", **arrays)
     course = Course(micro(tmp_path / "runs", dataset=str(tmp_path / "mine.npz")))
     history = course.transfer()
     assert len(history) == 2 and np.isfinite(history.to_numpy()).all()
     assert course.run.path.parent.name.startswith("mine-") and course.data.image_size == 20
-    saved = runs.load_tensors(course.run.path / "1_transfer" / "epoch_002.safetensors")
+    saved = files.load_tensors(course.run.file(course.method.transfer_step, checkpoint_name(2)))
     assert saved["linear.weight"].shape == (8 * 64, 3)
 
 
@@ -337,7 +356,7 @@ def test_a_folder_of_images(micro, tmp_path):
             Image.new("RGB", (24, 30), (shade, 3 * k, 0)).save(tmp_path / "pets" / name / f"{k}.png")
     course = Course(micro(tmp_path / "runs", dataset=str(tmp_path / "pets")))
     assert len(course.transfer()) == 2 and course.data.class_names == ("cat", "dog")
-    drawn = course.draw({"IS": 2, "UGS": 1.0, "transfer_epoch": 2, "finetune_epoch": None}, torch.tensor([0, 1]), "x")
+    drawn = course.draw(Point(2, 1.0, 2), torch.tensor([0, 1]), "x")
     assert drawn.shape == (2, 3, 32, 32)
 
 
@@ -349,86 +368,84 @@ def test_wrong_data_stops_before_anything_is_made(micro, tmp_path):
 
 def test_the_released_recipe_from_end_to_end(micro, tmp_path):
     """Its Class-Encoder, classifier, searches and sets, on the tiny model with small numbers."""
-    course = Course(micro(
-        tmp_path, recipe="released", dataset="digits:20", n_trials=3, n_trials_retune=2, num_images=20,
-        classifier_width=8, classifier_epochs=2, transfer_epochs=1,
-    ))  # fmt: skip
+    few = dict(n_trials=3, n_trials_retune=2, num_images=20, transfer_epochs=1)
+    course = Course(
+        micro(tmp_path, recipe="released", dataset="digits:20", classifier_width=8, classifier_epochs=2, **few)
+    )
     encoder = course.new_class_encoder()
     assert encoder.contexts().shape == (10, 100, 64) and encoder.linear[0].out_features == 500
-    rows, sets = [course.cas(row) for row in ROWS], course.scaling()
-    assert all(row["select_on"] == "test" for row in rows)
-    first, second = tune.trials_frame(course.search()), tune.trials_frame(course.research())
+    rows, found = [course.cas(row) for row in ROWS], course.scaling()
+    assert all(row["select_on"] == "test" for row in rows[1:])
+    first, second = trials_frame(course.tune()), trials_frame(course.retune())
     assert (len(first), len(second)) == (3, 2) and not first.pruned.any() and not second.pruned.any()
     assert (first.value == first.test_accuracy).all()
-    assert list(sets) == ["real", "x1", "x2"]
+    assert list(found) == ["real", "x1", "x2"]
     assert torch.bincount(course.synthetic(2).labels).sum() == 40
-    assert (course.run.path / "5_datasets/block_00.npz").exists()  # x1, apart from x2
+    assert (course.run.path / "5_datasets/block_00").exists()  # x1, apart from x2
     assert "the released code in" in str(course)
 
 
 def test_a_search_waits_longer_where_its_recipe_says_so(micro, tmp_path):
-    released = courses.classifier_options(micro(tmp_path, recipe="released"), in_search=True)
+    released = classifier_options(micro(tmp_path, recipe="released"), in_search=True)
     assert (released["plateau_patience"], released["stop_patience"]) == (25, 50)
-    tables = courses.classifier_options(micro(tmp_path, recipe="released"))
+    tables = classifier_options(micro(tmp_path, recipe="released"))
     assert (tables["plateau_patience"], tables["stop_patience"]) == (10, 25)
-    assert courses.classifier_options(micro(tmp_path), in_search=True) == courses.classifier_options(micro(tmp_path))
+    assert classifier_options(micro(tmp_path), in_search=True) == classifier_options(micro(tmp_path))
 
 
-def test_only_used_unets_are_kept_when_asked(micro, tmp_path):
-    course = Course(micro(tmp_path, finetune_epochs=4, keep_unets="used"))
+def test_only_used_unets_are_kept_when_asked(small, tmp_path):
+    course = small(tmp_path, finetune_epochs=4, keep_unets="used")
     course.finetune()
-    folder = course.run.path / "3_finetune"
+    folder = course.run.folder(course.method.finetune_step)
     assert len(list(folder.glob("epoch_*"))) == 4
-    best = course.research().best_params["epoch"]
-    kept = {f"epoch_{epoch:03d}.safetensors" for epoch in (best, 4)}
-    assert {path.name for path in folder.glob("epoch_*")} == kept
+    best = course.retune().best_params["epoch"]
+    assert {path.name for path in folder.glob("epoch_*")} == {checkpoint_name(best), checkpoint_name(4)}
     course.cas("after 3"), course.cas("after 4")
     gone = next(epoch for epoch in (1, 2, 3) if epoch != best)
-    with pytest.raises(FileNotFoundError, match="keep_unets='used' deletes"):
-        course.use(1, gone)
+    with pytest.raises(FileNotFoundError, match=f"has no {checkpoint_name(gone)}: delete this folder"):
+        course.draw(Point(1, 1.0, 1, gone), torch.tensor([0]), "any")
 
 
-def test_step_3_is_refused_where_the_disk_has_no_room(finished, monkeypatch, capsys):
-    course = finished.course
+def test_step_3_is_refused_where_the_disk_has_no_room(small, tmp_path, monkeypatch, capsys):
+    course = small(tmp_path)
+    course.tune()
     large = [torch.nn.Parameter(torch.zeros(1).expand(200_000_000))]  # counted, not stored
+    monkeypatch.setattr(class_encoder.cost, "seconds", lambda *_: 1.0)
     monkeypatch.setattr(type(course.backbone.unet), "parameters", lambda self: large)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, int(5e9)))
-        with pytest.raises(OSError, match="needs up to 6 GB in .*where 5 GB are free.*finetune_method='lora'"):
-            course._check_disk()
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, int(6e9)))
-        course._check_disk()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=int(5e9)))
+    with pytest.raises(OSError, match="needs up to 6 GB in .*where 5 GB are free.*finetune_method='lora'"):
+        course.finetune()
     assert "Keeps 2 UNets of 0.4 GB" in capsys.readouterr().out
 
 
-def test_a_unet_tuned_with_another_class_encoder_is_refused(finished, tmp_path):
-    """As happens when the first search goes on and finds another best epoch after the fine-tuning."""
-    shutil.copytree(finished.runs_dir, tmp_path / "runs")
-    course = Course(dataclasses.replace(finished.course.settings, runs_dir=str(tmp_path / "runs")))
-    manifest = course.run.manifest
-    manifest["steps"]["3_finetune"]["transfer_epoch"] += 1
-    runs.save_json(course.run.path / "manifest.json", manifest)
-    with pytest.raises(ValueError, match="3_finetune"):
-        course.finetune()
+def test_lora_from_end_to_end(small, tmp_path):
+    course = small(tmp_path, finetune_method="lora", lora_rank=2, n_trials=2)
+    saved = files.load_tensors(course.run.file(course.method.finetune_step, checkpoint_name(2)))
+    assert all(".lora_" in name and value.dtype == torch.float32 for name, value in saved.items())
+    assert any(value.abs().max() > 0 for name, value in saved.items() if ".lora_B" in name)
+    assert len(course.cas("after 4")["test"]) == 2
 
 
 def test_the_unet_is_compiled_where_that_pays(micro, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(backbone.Backbone, "compile_unet", lambda self, batch: asked.append(batch))
-    point, labels = {"transfer_epoch": 1, "finetune_epoch": None, "IS": 2, "UGS": 2.0}, torch.arange(9) % 10
+    monkeypatch.setattr(backbone.Backbone, "compile_unet", lambda self, batch: asked.append((batch, self.unet.dtype)))
+    point, labels = Point(2, 2.0, 1), torch.arange(9) % 10
     auto = Course(micro(tmp_path, sample_batch_size=8))
     auto.draw(point, labels, "any")
-    assert not auto.compiles and not asked  # so small a run is over before the compiler is
+    assert not auto.workspace.compiles() and not asked  # so small a run is over before the compiler is
     told = Course(micro(tmp_path, sample_batch_size=8, compile_unet="yes"))
     told.draw(point, labels[:7], "any")
     assert not asked  # no batch is whole
+    told.backbone.set_unet(dtype=torch.float64)  # what a training may leave behind
     told.draw(point, labels, "any")
-    assert asked == [16]
-    told.reset()
-    told.backbone.unet_dtype(torch.float64)  # what a training may leave behind
-    monkeypatch.setattr(backbone.Backbone, "compile_unet", lambda self, batch: asked.append(self.unet.dtype))
-    told._prepare(point, 9)
-    assert asked == [16, torch.float32]  # with the point's weights in place, as they are sampled with
-    assert Course(resolve(recipe="demo", backbone="tiny", runs_dir=str(tmp_path))).compiles
+    assert asked == [(16, torch.float32)]  # with the point's weights in place, as they are sampled with
+    assert Course(resolve(recipe="demo", backbone="tiny", runs_dir=str(tmp_path))).workspace.compiles()
     never = resolve(recipe="paper", backbone="tiny", runs_dir=str(tmp_path), compile_unet="no")
-    assert not Course(never).compiles
+    assert not Course(never).workspace.compiles()
+
+
+def test_a_record_is_json_that_others_read(finished):
+    for path in finished.course.run.path.rglob("record.json"):
+        record = json.loads(path.read_text())
+        assert record["run"] == {"dataset": "digits:100", "backbone": "tiny", "recipe": "demo", "seed": 0}
+        assert record["seconds"] >= 0 and len(record["fingerprint"]) == 64

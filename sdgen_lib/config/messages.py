@@ -1,0 +1,53 @@
+"""What errors say: the value that was wrong, the nearest right name; and how a notebook shows an error."""
+
+from __future__ import annotations
+
+import difflib
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def shown(value: object, length: int = 120) -> str:
+    """``value`` as an error names it: its repr on one line, cut after ``length`` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print a whole number of thousands of digits
+        text = f"a very large {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[:length] + "..."
+
+
+def unknown_name(what: str, name: object, allowed: Iterable[str]) -> ValueError:
+    """The error for a misspelt name: says what was wrong, the nearest right name, and all right ones.
+
+    Example: ``raise unknown_name("recipe", "dmeo", RECIPES)``.
+    """
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(shown(name).strip("'"), allowed, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"Unknown {what} {shown(name)}.{hint} Allowed: {', '.join(allowed)}.")
+
+
+def one_line_first() -> None:
+    """Makes this notebook show the errors that this package raises with their message first, the frames below.
+
+    Errors of other packages look as before. Outside of IPython it does nothing.
+    """
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    if shell := get_ipython():
+        shell.set_custom_exc((Exception,), _show)
+
+
+def _show(shell, kind: type[Exception], error: Exception, frames, tb_offset: int | None = None) -> None:
+    """Displays ``error`` in the notebook; IPython calls it."""
+    if Path(traceback.extract_tb(frames)[-1].filename).is_relative_to(PACKAGE):
+        details = [line.rstrip() for line in traceback.format_tb(frames)[1:]]  # the first frame is IPython's
+        text = [f"{kind.__name__}: {error}", "", "Where it was noticed:", *details]
+        error._render_traceback_ = lambda: text  # what IPython asks an error for
+    shell.showtraceback((kind, error, frames), tb_offset=tb_offset)

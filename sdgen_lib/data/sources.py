@@ -1,0 +1,152 @@
+"""A dataset from what was asked for: a name, a MedMNIST-style ``.npz`` file or a folder, as one `ImageData`.
+
+The named datasets are read by `named`, files and folders by `readers`; the missing splits are made by `splits`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..config.messages import shown, unknown_name
+from . import named, readers, splits
+from .images import ImageData, Split, resize
+
+DIGITS_SIZE, FOLDER_SIZE = 16, 32  # pixels
+IMAGE_SIZES = range(8, 1025)
+
+
+def load(
+    dataset: str | os.PathLike, image_size: int | None = None, seed: int = 0, base_dir: Path | None = None
+) -> ImageData:
+    """Load a dataset as uint8 RGB images ``(N, 3, H, W)``, int64 labels ``(N,)`` and class names.
+
+    Args:
+        dataset: one of `named.names()` (a name wins over a folder called the same: write ``./digits`` for
+            the folder), or the path of an ``.npz`` file (MedMNIST's layout) or of a folder (one
+            sub-folder of images per class, or these inside ``train/``, ``test/`` and maybe ``val/``).
+            ``:N`` after it, as in ``digits:200``, keeps N training images, in the classes' proportions.
+        image_size: side in pixels; None is the dataset's own: 16 for ``digits`` (8x8 scans, enlarged
+            bilinearly), 32 for a folder, and for everything else the size it is stored in.
+        seed: picks the validation images where the source has no such split, and the N kept images.
+            The test images never depend on it, so results over seeds compare.
+        base_dir: a relative path that does not exist in the working directory is looked for here;
+            None where there is no such folder (see `checkout`).
+
+    Raises:
+        TypeError: `dataset` is neither text nor a path.
+        ValueError: an unknown name, a wrong ``:N``, or data that cannot be used; says what to mend.
+        FileNotFoundError: no such file or folder; says where it was looked for.
+        ConnectionError: a download failed; says where to put the files by hand.
+    """
+    _check_arguments(dataset, image_size)
+    name, count = _split_count(os.fspath(dataset), base_dir)
+    slug, class_names, parts, default_size = _read(name, image_size, base_dir)
+    val_fraction = splits.CIFAR_VAL_FRACTION if slug in named.CIFAR else splits.VAL_FRACTION
+    data = ImageData(os.fspath(dataset), slug, class_names, **splits.three_splits(parts, seed, val_fraction))
+    _check_classes(data, name)
+    if count is not None:
+        data = splits.keep(data, count, seed, name)
+    size = image_size or default_size
+    slug = data.slug if size == default_size else f"{data.slug}-{size}px"
+    train, val, test = (Split(resize(s.images, size), s.labels) for s in (data.train, data.val, data.test))
+    return replace(data, slug=slug, train=train, val=val, test=test)
+
+
+def checkout() -> Path | None:
+    """The folder of the course that this package lies in, known by its ``notebooks/``; None for an installed package.
+
+    It is the `base_dir` of a notebook's relative paths. The folder of an installed package is site-packages, where
+    ``numpy`` would be a folder of images.
+    """
+    folder = Path(__file__).resolve().parents[2]
+    return folder if (folder / "notebooks").is_dir() else None
+
+
+# --- what was asked for ---
+
+
+def _check_arguments(dataset, image_size) -> None:
+    if not isinstance(dataset, (str, os.PathLike)):
+        known = ", ".join(["digits", *named.CIFAR, *named.MEDMNIST])
+        raise TypeError(
+            f"dataset is {dataset!r}; it must be text: a name ({known}), or the path of a .npz file or of a folder."
+        )
+    if image_size is not None and (type(image_size) is not int or image_size not in IMAGE_SIZES):
+        raise ValueError(f"image_size is {image_size!r}; it must be a whole number from 8 to 1024, or None.")
+
+
+def _split_count(text: str, base_dir: Path | None) -> tuple[str, int | None]:
+    """``"digits:200"`` -> ``("digits", 200)``; ``"digits"`` -> ``("digits", None)``."""
+    name, colon, count = text.rpartition(":")
+    if not colon:
+        return text, None
+    if re.fullmatch(r"[0-9]{1,18}", count):
+        return name, int(count)
+    if name.lower() in named.names() or (name and any(place.exists() for place in _places(name, base_dir))):
+        raise ValueError(
+            f"{text!r} asks for {count!r} training images; write a whole number after the colon, as in '{name}:200'."
+        )
+    return text, None
+
+
+def _read(name: str, image_size: int | None, base_dir: Path | None) -> tuple[str, tuple[str, ...], readers.Parts, int]:
+    """(slug, class names, parts, the dataset's own image size) of a name, a file or a folder."""
+    slug = name.lower()
+    if slug in named.names():
+        class_names, parts = named.read(slug)
+        return slug, class_names, parts, DIGITS_SIZE if slug == "digits" else _side(parts)
+    path = _find(name, base_dir)
+    if path.is_dir():
+        return *readers.read_folder(path, image_size or FOLDER_SIZE), FOLDER_SIZE
+    slug, class_names, parts = readers.read_npz(path)
+    return slug, class_names, parts, _side(parts)
+
+
+def _side(parts: readers.Parts) -> int:
+    """Height (= width) of the training images in pixels."""
+    return parts["train"][0].shape[1]
+
+
+def _places(name: str, base_dir: Path | None) -> list[Path]:
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"dataset {shown(name)} has no home folder: give another path.") from error
+    return [path.absolute()] + ([(Path(base_dir) / path).absolute()] if base_dir is not None else [])
+
+
+def _find(name: str, base_dir: Path | None) -> Path:
+    """The existing file or folder that `name` means."""
+    if reason := named.refusal(re.sub(r"_(28|64|128|224)$", "", name.lower())):
+        raise ValueError(
+            f"{name!r} cannot be used, because {reason}; choose a set of 2-D images with one label each, "
+            "such as 'pathmnist'."
+        )
+    places = list(dict.fromkeys(_places(name, base_dir))) if name else []
+    for place in places:
+        if place.is_dir() or (place.is_file() and place.suffix == ".npz"):
+            return place
+        if place.exists():
+            raise ValueError(f"{place} is neither a folder nor a .npz file; a dataset must be one of the two.")
+    if name.startswith((".", "~")) or name.endswith(".npz") or "/" in name or os.sep in name:
+        tried = " or ".join(map(str, places))
+        raise FileNotFoundError(f"No file or folder at {tried}; correct the path {shown(name)}.")
+    raise unknown_name("dataset", name, named.names())
+
+
+def _check_classes(data: ImageData, name: str) -> None:
+    if data.num_classes < 2:
+        raise ValueError(f"{name!r} has one class, {data.class_names[0]!r}; at least 2 classes are needed.")
+    for where, split in (("training", data.train), ("test", data.test)):
+        counts = torch.bincount(split.labels, minlength=data.num_classes)
+        missing = [data.class_names[i] for i in torch.nonzero(counts == 0).flatten().tolist()]
+        if missing:
+            raise ValueError(
+                f"{name!r} has no {where} image of class {', '.join(map(repr, missing[:5]))}; every class "
+                "needs one there (a class needs 3 images or more where the splits are made here)."
+            )

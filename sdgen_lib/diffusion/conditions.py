@@ -1,0 +1,74 @@
+"""What the generator is told of each image. A method is a `Conditioner`; all the rest of the package is shared."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What B images are told in one pass.
+
+    ``context`` float (B, tokens, width): what cross-attention reads. ``embedding`` float (B, d), or None: what an
+    unCLIP model adds to the embedding of the timestep (diffusers' ``class_labels``).
+    """
+
+    context: torch.Tensor
+    embedding: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Condition:
+        """The condition of some of the images."""
+        return Condition(self.context[rows], None if self.embedding is None else self.embedding[rows])
+
+    def expand(self, count: int) -> Condition:
+        """One image's condition (B = 1) for ``count`` images."""
+        context, embedding = self.context.expand(count, -1, -1), self.embedding
+        return Condition(context, None if embedding is None else embedding.expand(count, -1))
+
+    def followed_by(self, other: Condition) -> Condition:
+        """The condition of these images and then of the other ones. Raises ValueError if one alone has embeddings."""
+        context = torch.cat([self.context, other.context])
+        if self.embedding is None and other.embedding is None:
+            return Condition(context)
+        if self.embedding is None or other.embedding is None:
+            raise ValueError(
+                "One condition has an embedding and the other has none: give both of them one, or neither."
+            )
+        return Condition(context, torch.cat([self.embedding, other.embedding]))
+
+
+class Conditioner(Protocol):
+    """Tells the generator what image i should be, and what "nothing in particular" is."""
+
+    def __call__(self, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> Condition:
+        """The condition of B images: ``labels`` and ``indices`` int64 (B,).
+
+        In training, ``indices`` are rows of the training set; in sampling, places in the set that is drawn. Whatever a
+        conditioner draws at random comes from (``seed``, index) alone.
+        """
+
+    def unconditional(self) -> Condition:
+        """The condition that guidance moves away from, for one image (B = 1)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextTable:
+    """A conditioner with one fixed context for each label: the text encoder's for prompts, say.
+
+    ``contexts`` float (C, tokens, width), ``empty`` float (tokens, width).
+    """
+
+    contexts: torch.Tensor
+    empty: torch.Tensor
+
+    def __call__(self, labels: torch.Tensor, indices: torch.Tensor | None = None, seed: int = 0) -> Condition:
+        return Condition(self.contexts[labels.to(self.contexts.device)])
+
+    def unconditional(self) -> Condition:
+        return Condition(self.empty[None])

@@ -1,0 +1,122 @@
+"""The samplers: short pure functions that read like the papers. ``predict_noise`` and the schedule: see `loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler
+
+from .conditions import Condition
+from .loss import Predict
+
+Callback = Callable[[int, torch.Tensor, torch.Tensor], None]
+Guided = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def guided_noise(
+    predict_noise: Predict,
+    latents: torch.Tensor,
+    t: int,
+    condition: Condition,
+    unconditional: Condition,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """eps = eps_uncond + UGS (eps_cond - eps_uncond), for every UGS >= 0 (the released code's formula).
+
+    UGS 0 is the unconditional model, 1 the conditional one, between them they mix; the half with no weight is not
+    computed. (The diffusers pipelines switch guidance off for UGS <= 1 and so cannot search [0, 1].)
+    ``condition`` of B images; ``unconditional`` of one or of B.
+    """
+    batch = len(latents)
+    steps = torch.full((batch,), int(t), dtype=torch.int64, device=latents.device)
+    if guidance_scale == 1:
+        return predict_noise(latents, steps, condition).float()
+    if len(unconditional) == 1:
+        unconditional = unconditional.expand(batch)
+    if guidance_scale == 0:
+        return predict_noise(latents, steps, unconditional).float()
+    both = predict_noise(latents.repeat(2, 1, 1, 1), steps.repeat(2), unconditional.followed_by(condition))
+    eps_uncond, eps_cond = both.float().chunk(2)
+    return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+
+
+def passes_per_step(guidance_scale: float) -> int:
+    """How many times `guided_noise` passes each image through the UNet: 1 where one half has no weight, else 2."""
+    return 1 if guidance_scale in (0, 1) else 2
+
+
+def inference_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000) -> torch.Tensor:
+    """The timesteps a sampler visits, downwards: round(i * 999 / (n - 1)) for i = n-1..0 (released code).
+
+    int64 (n,). One step visits 999 alone. Raises ValueError outside 1..1000.
+    """
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(f"num_inference_steps must be from 1 to {num_train_timesteps}, not {num_inference_steps!r}.")
+    last = num_train_timesteps - 1
+    if num_inference_steps == 1:
+        return torch.tensor([last])
+    steps = torch.arange(num_inference_steps, dtype=torch.float64) * last / (num_inference_steps - 1)
+    return steps.round().long().flip(0)
+
+
+def ddim(
+    guided: Guided,
+    noise: torch.Tensor,
+    num_inference_steps: int,
+    alphas_cumprod: torch.Tensor,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Deterministic DDIM (Song et al. 2021, eq. 12 with eta 0) as the paper's released code runs it.
+
+    Each step goes to the *next timestep of the list*, however uneven, and the last one to alpha_bar = 1.
+    ``guided(latents, t)`` -> eps. ``callback(step, latents, predicted x_0)`` sees every step. Returns x_0.
+    """
+    latents = noise
+    timesteps = inference_timesteps(num_inference_steps, len(alphas_cumprod)).tolist()
+    for i, t in enumerate(timesteps):
+        alpha_bar = alphas_cumprod[t]
+        is_last = i + 1 == len(timesteps)
+        alpha_bar_next = torch.ones_like(alpha_bar) if is_last else alphas_cumprod[timesteps[i + 1]]
+        eps = guided(latents, t)
+        predicted_x0 = (latents - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        latents = alpha_bar_next.sqrt() * predicted_x0 + (1 - alpha_bar_next).sqrt() * eps
+        if callback:
+            callback(i, latents, predicted_x0)
+    return latents
+
+
+def dpm_solver(
+    guided: Guided,
+    noise: torch.Tensor,
+    num_inference_steps: int,
+    alphas_cumprod: torch.Tensor,
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022) by diffusers' scheduler; arguments and result as `ddim`.
+
+    It visits n of n + 1 timesteps that lie evenly from 999 to 0, all but the 0; for n = 1000 all 1000.
+    """
+    visited = inference_timesteps(num_inference_steps, len(alphas_cumprod))  # refuses what cannot be visited
+    exact = alphas_cumprod.cpu().double()  # a Mac's graphics have no float64
+    betas = 1 - exact / F.pad(exact, (1, -1), value=1.0)
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=len(alphas_cumprod), trained_betas=betas.tolist(), timestep_spacing="linspace"
+    )
+    if num_inference_steps < len(alphas_cumprod):
+        scheduler.set_timesteps(num_inference_steps)
+    else:  # of n + 1 there would be one twice, and a step of length 0: not a number
+        scheduler.set_timesteps(timesteps=visited.tolist())
+    latents = noise * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        eps = guided(latents, int(t))
+        alpha_bar = alphas_cumprod[int(t)]
+        predicted_x0 = (latents - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        latents = scheduler.step(eps, t, latents).prev_sample
+        if callback:
+            callback(i, latents, predicted_x0)
+    return latents
+
+
+SAMPLERS = {"ddim": ddim, "dpm-solver++": dpm_solver}

@@ -1,0 +1,134 @@
+"""A row of a table: classifiers of several seeds, trained on one thing and scored on real test images.
+
+What they are trained on, with which network and augmentation, and on which named test sets they are scored are
+arguments; CAS, table 1 and table 2 are calls of `row_step`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..classify import Mixture, Result, score
+from ..config.settings import View
+from ..data import Split
+from ..machine.parallel import best_at_once, side_by_side
+from ..machine.passes import Work
+from ..machine.seeds import derived
+from ..store import files
+from ..store.run import Step
+from ..work.workspace import Workspace, classifier_options, classifier_work
+
+PREDICTED = "predicted.safetensors"
+ROW_TOPICS = ("classifier", "table", "precision", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the classifiers of a row are trained on, and what is said of it in the row."""
+
+    images: Split | Mixture
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def row_step(
+    ws: Workspace,
+    name: str,
+    training: Callable[[View], Training],
+    num_images: int,
+    *,
+    needs: tuple[Step, ...] = (),
+    topics: tuple[str, ...] = (),
+    roots: tuple[str, ...] = (),
+    inputs: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    tests: Mapping[str, Split] | None = None,
+    before: Callable[[], Work] | None = None,
+    title: str = "",
+) -> Step:
+    """The step of one row, ``name`` of a table ("table_2/x1").
+
+    ``training(settings)``: called when the row is made; ``num_images``: how many it holds. ``needs``, ``topics``,
+    ``roots`` and ``inputs``: what it depends on beside the classifier's own settings. ``options``: of
+    `classify.train_classifier` (network, augmentation, steps), over the settings'. ``tests``: named test sets beside the
+    data's own, which is "test". ``before()``: what is done before the classifiers, for the estimate.
+    """
+    options, tests = dict(options or {}), {"test": ws.data.test, **(tests or {})}
+
+    def make(folder: Path, s: View) -> dict[str, Any]:
+        found = training(s)
+        scored = scores(ws, s, found.images, tests, options, name)
+        predicted = {test: torch.stack([r.tests[test].predicted for r in scored]) for test in tests}
+        files.save_tensors(folder / PREDICTED, predicted)
+        return {**found.facts, "num_images": num_images, **accuracies(scored)}
+
+    def work() -> Work:
+        s = ws.settings
+        pixels, classes = s.image_size or ws.data.image_size, ws.data.num_classes
+        trained = classifier_work(s, num_images, pixels, classes, s.classifier_seeds)
+        return {**(before() if before else {}), **trained}
+
+    others = {test: split.fingerprint for test, split in tests.items() if test != "test"}
+    return Step(
+        name,
+        make,
+        topics=(*ROW_TOPICS, *topics),
+        needs=needs,
+        roots=tuple(dict.fromkeys(("data", *roots))),
+        inputs={**(inputs or {}), **options, **({"tests": others} if others else {})},
+        work=work,
+        title=title,
+    )
+
+
+def scores(
+    ws: Workspace, s: View, training: Split | Mixture, tests: Mapping[str, Split], options: Mapping[str, Any], name: str
+) -> list[Result]:
+    """What the run's classifier seeds reach with one training set, a core each side by side.
+
+    Seed k of a run's tables is derived from (run seed, "table", k): runs share none, and the searches use none of them.
+    """
+    seeds = [derived(s.seed, "table", k) for k in range(s.classifier_seeds)]
+    how = {**classifier_options(s), **options}
+
+    def one(seed: int, look: Callable[..., None]) -> Result:
+        return score(training, ws.data.val, dict(tests), ws.data.num_classes, seed=seed, on_epoch=look, **how)
+
+    found = side_by_side([functools.partial(one, seed) for seed in seeds], best_at_once(len(seeds)))
+    with contextlib.closing(found), tqdm(total=len(seeds), desc=f"{name}: classifiers", unit="classifier") as bar:
+        results = []
+        for result in found:
+            results.append(result)
+            bar.update()
+    return results
+
+
+def accuracies(found: list[Result]) -> dict[str, Any]:
+    """A row's numbers as fractions, a list with one entry a classifier seed: what the tables are made of.
+
+    "test", "balanced_test" and "per_class" are of the data's own test images; "tests" has the other named sets.
+    """
+    rows = {
+        test: {
+            "accuracy": [r.tests[test].accuracy for r in found],
+            "balanced": [r.tests[test].balanced_accuracy for r in found],
+            "per_class": [[None if v != v else v for v in r.tests[test].per_class] for r in found],
+        }
+        for test in found[0].tests
+    }
+    own = rows.pop("test")
+    row = {
+        "test": own["accuracy"],
+        "balanced_test": own["balanced"],
+        "per_class": own["per_class"],
+        "val": [r.val_accuracy for r in found],
+        "steps": [r.steps for r in found],
+    }
+    return row | ({"tests": rows} if rows else {})

@@ -1,0 +1,1 @@
+"""What the computer offers: devices, number formats, compiling, memory, parallel work, seeds."""

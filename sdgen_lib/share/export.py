@@ -1,0 +1,208 @@
+"""What a finished run leaves to take away: the generated set in three formats, and the trained generator.
+
+``python -m sdgen_lib export RUN_FOLDER --to folder|npz|parquet|generator OUT``
+
+Each is a new folder with a card (README.md), and appears whole or not at all. A generated set is the training part;
+the real validation and test images go with it, so that CAS can be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..config.messages import unknown_name
+from ..evaluate.sets import block_step, blocks_of, synthetic
+from ..methods.class_encoder import ROWS, ClassEncoderMethod
+from ..store import blocks, files
+from ..store.run import Result, Step
+from ..work.workspace import Source, Workspace
+from . import cards, generator, origin
+from .formats import WRITERS, Part, folder_names, part_of
+from .reopen import CHAPTERS, choices, run_path_of, workspace_of
+
+FORMATS = (*WRITERS, "generator")
+
+
+def export(
+    ws: Workspace, source: Source, to: str, out: str | Path, multiple: int | None = None, real: bool = True
+) -> Path:
+    """Writes what was made with ``source`` into the new folder ``out``; returns its path.
+
+    ``to``: "folder" (PNG files, ``train/<class>/000001.png``: torchvision's ImageFolder), "npz" (``<dataset>.npz`` in
+    MedMNIST's layout), "parquet" (Hugging Face ``datasets``, images and class labels typed) or "generator" (the model
+    itself: `sdgen_lib.load`). ``multiple``: the set of so many times the real one's size, exactly that of
+    `evaluate.sets.synthetic` (None: the largest that is finished). ``real``: with the real validation and test images
+    beside it. Nothing is made that is not there.
+    Raises ValueError for an unknown format or a generator that cannot be saved, FileExistsError if ``out`` is there,
+    and FileNotFoundError if the run has not come so far; says which chapter makes what is missing.
+    """
+    if to not in FORMATS:
+        raise unknown_name("format", to, FORMATS)
+    out = Path(out).expanduser().absolute()
+    if to == "generator":
+        _check_finished(ws, source.step.needs)
+    else:
+        multiple = _largest(ws, source) if multiple is None else multiple
+        found = _blocks(ws, source, multiple)
+    with files.whole_folder(out) as folder:
+        if to == "generator":
+            card = _write_generator(ws, source, folder, out.name)
+        else:
+            card = _write_set(ws, source, to, folder, out.name, multiple, found, real)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return out
+
+
+# --- what is finished ---
+
+
+def _check_finished(ws: Workspace, steps: Iterable[Step]) -> None:
+    """Raises FileNotFoundError for the first of ``steps`` that is not finished."""
+    for step in steps:
+        if ws.run.peek(step) is None:
+            chapter = CHAPTERS.get(step.name.split("/")[0])
+            first = f"run chapter {chapter} first" if chapter else "make it first"
+            raise FileNotFoundError(f"{ws.run.path} has no finished {step.name} for these settings: {first}.")
+
+
+def _is_there(ws: Workspace, source: Source, number: int) -> bool:
+    return ws.run.peek(block_step(ws, source, number)) is not None
+
+
+def _largest(ws: Workspace, source: Source) -> int:
+    """How many times the real set's size the largest finished set is; 1 where there is none."""
+    multiple = 1
+    if ws.settings.larger_sets == "nested":
+        while _is_there(ws, source, multiple + 1):
+            multiple += 1
+    elif all(_is_there(ws, source, number) for number in blocks_of(ws, ws.settings.max_multiple)):
+        multiple = ws.settings.max_multiple
+    return multiple
+
+
+def _blocks(ws: Workspace, source: Source, multiple: int) -> list[Result]:
+    """The finished blocks that a set is made of; raises FileNotFoundError where one is missing or damaged."""
+    numbers = blocks_of(ws, multiple)
+    steps = {number: block_step(ws, source, number) for number in numbers}
+    found = {number: ws.run.peek(step) for number, step in steps.items()}
+    missing = [number for number, result in found.items() if result is None]
+    if missing and 1 not in missing and ws.settings.larger_sets == "nested":
+        raise FileNotFoundError(
+            f"{ws.run.path} holds x1 .. x{missing[0] - 1} of this synthetic set, not x{multiple}: run chapter 07 with "
+            f"max_multiple={multiple}, or take fewer."
+        )
+    if missing:
+        _check_finished(ws, (*source.step.needs, *steps.values()))
+    for result in found.values():
+        if files.checksum(result.folder / blocks.BLOCK) != result.record["files"].get(blocks.BLOCK):
+            raise FileNotFoundError(f"{result.folder / blocks.BLOCK} is damaged: run chapter 07, which makes it anew.")
+    return list(found.values())
+
+
+# --- what is written ---
+
+
+def _write_generator(ws: Workspace, source: Source, folder: Path, name: str) -> str:
+    """Writes the generator; returns its card."""
+    said = origin.of_generator(ws, source)
+    facts = {key: value for key, value in dataclasses.asdict(said).items() if key not in ("dataset", "steps")}
+    made = source.build()
+    generator.save(made, folder, {"trained_on": ws.data.slug, **facts})
+    point = {"steps": made.num_inference_steps, "guidance": made.guidance_scale}
+    return cards.generator_card(said, ws.data, origin.cas_of_generator(ws, source), out=name, point=point)
+
+
+def _write_set(
+    ws: Workspace, source: Source, to: str, folder: Path, name: str, multiple: int, found: Sequence[Result], real: bool
+) -> str:
+    """Writes the synthetic set that the blocks ``found`` make; returns its card."""
+    parts = {"train": _generated(ws, source, multiple, found)}
+    if real:
+        parts |= {"val": part_of(ws.data.val), "test": part_of(ws.data.test)}
+    header = WRITERS[to](ws.data, folder, parts)
+    row = origin.cas_of_set(ws, source, multiple)
+    return cards.dataset_card(
+        origin.of_set(ws, source, multiple, found[0]),
+        ws.data,
+        {f"generated, x{multiple}": row, "real": origin.cas_of_real(ws, row)},
+        form=to,
+        out=name,
+        multiple=multiple,
+        counts={part: content.count for part, content in parts.items()},
+        folders=folder_names(ws.data.class_names),
+        header=header,
+    )
+
+
+def _generated(ws: Workspace, source: Source, multiple: int, found: Sequence[Result]) -> Part:
+    """The images of `evaluate.sets.synthetic`; of nested sets one block at a time is in memory."""
+    if len(found) > 1 and ws.settings.larger_sets == "random":
+        return part_of(synthetic(ws, source, multiple))
+
+    size, count = ws.data.image_size, len(ws.data.train)
+
+    def in_turn() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for result in found:
+            with np.load(result.folder / blocks.BLOCK, allow_pickle=False) as file:
+                images, labels = file["images"], file["labels"]
+            if images.shape != (count, size, size, 3) or labels.shape != (count,):
+                raise ValueError(f"{result.folder} holds {images.shape} images, not {(count, size, size, 3)}.")
+            yield images, labels
+
+    return Part(multiple * count, len(found), in_turn)
+
+
+# --- from the command line ---
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m sdgen_lib export``; a wrong argument or a run that cannot give it ends with one line."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.list:
+            print(_listed(run_path_of(args.run_folder), [args.to] if args.to else ["folder", "generator"], args.row))
+            return
+        if not args.to or not args.out:
+            raise ValueError("Say what to take away and where to: --to folder|npz|parquet|generator OUT (or --list).")
+        ws = workspace_of(
+            args.run_folder, args.to, args.row, dataset=args.dataset, backbone=args.backbone, result=args.result
+        )
+        source = ClassEncoderMethod(ws).source(args.row)
+        out = export(ws, source, args.to, args.out, args.multiple, not args.generated_only)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    print(f"Written to {out}; its README.md says what it is and how to load it.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sdgen_lib export", description="Takes away what a run made.")
+    parser.add_argument("run_folder", help="runs/<dataset>/<backbone>-<recipe>-seed<k>")
+    parser.add_argument("out", nargs="?", help="the folder to make")
+    parser.add_argument("--to", choices=FORMATS, help="what to take away, and in which format")
+    parser.add_argument("--multiple", type=int, help="the set of so many times the real one's size (default: largest)")
+    parser.add_argument("--generated-only", action="store_true", help="leave the real validation and test images out")
+    parser.add_argument("--row", default=ROWS[-1], choices=ROWS, help=f"whose generator (default: {ROWS[-1]})")
+    parser.add_argument("--result", metavar="FINGERPRINT", help="one of --list (default: the newest)")
+    parser.add_argument("--list", action="store_true", help="show what there is, and in what it is unlike its recipe")
+    parser.add_argument("--dataset", metavar="PATH", help="where the dataset is now, if it was moved")
+    parser.add_argument("--backbone", metavar="PATH", help="where the backbone is now, if it was moved")
+    return parser
+
+
+def _listed(run_folder: Path, kinds: Sequence[str], row: str) -> str:
+    """What there is of each kind, oldest first."""
+    lines = []
+    for to in kinds:
+        found = choices(run_folder, to, row)
+        lines.append(f"{'generators' if to == 'generator' else 'generated sets'}, {row}: {len(found)}")
+        lines += [f"  {choice.line}" for choice in found]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

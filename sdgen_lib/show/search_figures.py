@@ -1,0 +1,156 @@
+"""Figures of the two trainings and the two searches."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optuna
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..config import paper
+from ..search.search import PARAMETERS, trials_frame
+from .figures import BLUE, GREY, ORANGE, PINK, new_axes, percent_axis
+
+LABELS = {"IS": "IS (inference steps)", "UGS": "UGS (guidance scale)", "epoch": "epoch of the checkpoint"}
+PANELS = (("IS", "UGS"), ("epoch", "value"))  # of `trials_by_parameter`, (x, y) each
+KINDS = {False: (BLUE, "o", "complete"), True: (GREY, "X", "pruned")}  # of trials: told apart in grey, too
+RING = {"s": 220, "facecolor": "none", "edgecolor": ORANGE, "linewidth": 2}  # around a trial
+
+
+def loss_curve(history: pd.DataFrame, title: str) -> Figure:
+    """The loss of every epoch, in training and on held-out images with the right, a wrong and no label."""
+    figure, ax = new_axes(size=(8.0, 3.4))
+    styles = {
+        "train": (GREY, ":", "training images"),
+        "wrong": (ORANGE, "--", "held out, wrong label"),
+        "empty": (PINK, "-.", "held out, no label"),
+        "right": (BLUE, "-", "held out, right label"),
+    }
+    for column, (colour, line, name) in styles.items():
+        ax.plot(history.index, history[column], line, color=colour, label=name)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="epoch", ylabel="mean squared error of the noise", title=title)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the axes: inside it would hide a curve
+    return figure
+
+
+# --- trials ---
+
+
+def _coloured(ax: Axes, frame: pd.DataFrame, x: str, y: str, least_span: float) -> ScalarMappable:
+    """Draws each trial as a point, coloured by its accuracy; returns the scale of the colours, in percent.
+
+    ``least_span``: the scale spans at least so many percent, also where all trials scored alike.
+    """
+    low = 100 * frame.value.min() if len(frame) else 0.0
+    high = max(100 * frame.value.max() if len(frame) else 0.0, low + least_span)
+    scale = ScalarMappable(plt.Normalize(low, high), "viridis")
+    for pruned, (_, marker, label) in KINDS.items():
+        part = frame[frame.pruned == pruned]
+        if len(part):
+            look = {"marker": marker, "s": 70, "edgecolor": "white", "label": label}
+            ax.scatter(part[x], part[y], c=100 * part.value, norm=scale.norm, cmap=scale.cmap, **look)
+    return scale
+
+
+def trials(study: optuna.Study, title: str = "") -> Figure:
+    """Each trial as a point: IS against UGS, coloured by accuracy (pruned ones as crosses), and the best so far.
+
+    It also draws a search that has no finished trial yet, or only pruned ones: then there is no best.
+    """
+    frame = trials_frame(study).astype({"pruned": bool})
+    complete = frame.value.where(~frame.pruned).astype(float)
+    figure, (left, right) = new_axes(1, 2, size=(9.2, 3.4))
+    scale = _coloured(left, frame, "IS", "UGS", least_span=1e-4)
+    figure.colorbar(scale, ax=left, label="accuracy on real images (%)")
+    if complete.notna().any():
+        best = frame.loc[complete.idxmax()]
+        left.scatter([best.IS], [best.UGS], label="best", **RING)
+    left.set(xlabel=LABELS["IS"], ylabel=LABELS["UGS"])
+    for pruned, (colour, marker, label) in KINDS.items():
+        at = np.flatnonzero(frame.pruned == pruned)
+        right.scatter(at + 1, frame.value.iloc[at], color=colour, marker=marker, s=25, label=label)
+    best_so_far = complete.cummax().ffill()
+    right.step(range(1, len(frame) + 1), best_so_far, where="post", color=ORANGE, label="best so far")
+    right.set(xlabel="trial", ylabel="accuracy on real images")
+    for ax in (left, right):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(frame):
+            ax.legend(fontsize=8)
+    percent_axis(right)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def trials_by_parameter(frame: pd.DataFrame, chosen: int | None = None) -> Figure:
+    """All four numbers of each trial (rows of `trials_frame`): IS and UGS, epoch and CAS; ``chosen`` is ringed."""
+    figure, axes = new_axes(1, 2, size=(9.2, 3.4))
+    for ax, (x, y) in zip(axes, PANELS):
+        scale = _coloured(ax, frame, x, y, least_span=1)
+        if chosen is not None:
+            ax.scatter(frame.loc[chosen, x], frame.loc[chosen, y], **RING)
+        ax.set(xlabel=LABELS[x], ylabel=LABELS.get(y, "CAS (real images of the search)"))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend(fontsize=8)
+    percent_axis(axes[1])
+    figure.colorbar(scale, ax=axes, label="CAS (%)")
+    return figure
+
+
+def slices(study: optuna.Study) -> Figure:
+    """Accuracy against each parameter on its own: where the good trials lie."""
+    frame = trials_frame(study)
+    figure, axes = new_axes(1, 3, size=(9.6, 3.0))
+    for ax, name in zip(axes, PARAMETERS):
+        for pruned, (colour, marker, label) in KINDS.items():
+            part = frame[frame.pruned == pruned]
+            ax.scatter(part[name], part.value, color=colour, marker=marker, s=30, alpha=0.8, label=label)
+        ax.set(xlabel=LABELS[name])
+        if name != "UGS":
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        percent_axis(ax)
+    axes[0].set_ylabel("accuracy on real images")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def contour(study: optuna.Study, x: str = "IS", y: str = "UGS") -> Figure:
+    """Accuracy over two parameters, interpolated between the trials (linear on triangles)."""
+    frame = trials_frame(study)
+    figure, ax = new_axes(size=(5.6, 3.8))
+    points = frame.groupby([x, y], as_index=False).value.max()
+    spread = len(points) and np.ptp(points.value) > 1e-3  # else there is no landscape to draw, only rounding
+    if len(points) >= 4 and points[x].nunique() > 1 and points[y].nunique() > 1 and spread:
+        filled = ax.tricontourf(points[x], points[y], 100 * points.value, levels=10, cmap="viridis")
+        figure.colorbar(filled, ax=ax, label="accuracy on real images (%)")
+    ax.scatter(points[x], points[y], color="white", edgecolor="black", s=22)
+    ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
+    for name, axis in ((x, ax.xaxis), (y, ax.yaxis)):
+        if name != "UGS":
+            axis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(False)
+    return figure
+
+
+def importance_bars(ours: pd.DataFrame, published: pd.DataFrame = paper.IMPORTANCES) -> Figure:
+    """fANOVA importances: our searches (rows of ``ours``) and the mean of the released ones, step by step."""
+    figure, ax = new_axes(size=(7.6, 3.4))
+    bars = {f"ours, {name}": row for name, row in ours.iterrows()}
+    for step in (2, 4):
+        bars[f"published, mean of step {step}"] = published.xs(step, level="step").mean()
+    positions, height = np.arange(len(PARAMETERS)), 0.8 / len(bars)
+    looks = [dict(color=(BLUE, "#56B4E9")[k % 2]) for k in range(len(ours))]
+    looks += [dict(color=c, hatch="///", edgecolor="white") for c in (GREY, "#AAAAAA")]  # told apart in grey, too
+    for k, ((label, row), look) in enumerate(zip(bars.items(), looks)):
+        at = positions + (k - (len(bars) - 1) / 2) * height
+        ax.barh(at, [row[p] for p in PARAMETERS], height * 0.9, label=label, **look)
+    ax.set_yticks(positions, [LABELS[p] for p in PARAMETERS])
+    ax.invert_yaxis()
+    ax.set(xlabel="share of the variance of the accuracy (fANOVA)", xlim=(0, 1))
+    ax.legend(fontsize=8)
+    return figure

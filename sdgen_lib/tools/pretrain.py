@@ -1,0 +1,377 @@
+"""How the shipped tiny Stable Diffusion was made: ``python -m sdgen_lib pretrain --out FOLDER``.
+
+A text-to-image latent diffusion model of the very classes that Stable Diffusion is made of (AutoencoderKL,
+UNet2DConditionModel with cross-attention, CLIPTextModel and CLIPTokenizer, epsilon prediction, scaled-linear
+betas), only small: 32x32 pictures, 4x8x8 latents, 8 context tokens of width 64. It learns the procedural source
+domain of `source_images` from scratch, so no image of any dataset of this course has been seen. Unlike SD, whose
+text encoder was trained elsewhere and frozen, the small text encoder learns together with the UNet.
+
+The defaults took 63 minutes on two CPU cores that other work shared. They make weights like the shipped ones, not the
+same bytes: the tokenizer's ids come in another order each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..machine.devices import as_device, autocast, default_device
+from . import source_images
+
+TOKENS = 8  # context length: <start>, up to six words, <end>
+WIDTH = 64  # of the context vectors
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
+HELD_OUT = 512  # pictures that nothing trains on
+CHECK_VAE, CHECK_UNET, SAVE_UNET = 250, 500, 1000  # steps from one to the next
+Log = Callable[[dict], None]
+
+
+def build_tokenizer(folder: Path, with_digits: bool) -> CLIPTokenizer:
+    """A byte-level BPE of CLIP's form whose merges make one token of every word of the captions, saved in a folder."""
+    captions = [f"soft {c} {name} on {c} leaves" for c in source_images.COLOURS for name in source_images.glyph_names()]
+    captions = captions if with_digits else [c for c in captions if "digit" not in c]
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    tokenizer = CLIPTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def build_models(tokenizer: CLIPTokenizer) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
+    """The three networks with random weights."""
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=source_images.SIZE,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return vae, unet, CLIPTextModel(text)
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 -> float32 -1..1."""
+    return images.float() / 127.5 - 1
+
+
+class Steps:
+    """One training's optimiser, learning rate (linear warm-up, cosine to zero), clipping, and averaged modules.
+
+    ``ema``: copies of ``modules`` whose weights are an exponential moving average with decay
+    min(``ema_decay``, n / (n + 10)) at step n, so that the random start is soon forgotten.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module], total: int, lr: float, ema_decay: float = 0.999):
+        self.modules, self.total, self.decay, self.step = modules, total, ema_decay, 0
+        self.parameters = [p for m in modules for p in m.parameters()]
+        self.ema = [copy.deepcopy(m).requires_grad_(False).eval() for m in modules]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-4, fused=True)
+        rates, warmup = torch.optim.lr_scheduler, min(200, total // 10 + 1)
+        rising = rates.LinearLR(self.optimizer, 0.05, total_iters=warmup)
+        falling = rates.CosineAnnealingLR(self.optimizer, max(1, total - warmup))
+        self.schedule = rates.SequentialLR(self.optimizer, [rising, falling], milestones=[warmup])
+
+    def take(self, loss: torch.Tensor) -> None:
+        """One step of the optimiser down the gradient of ``loss``, a scalar."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        decay = min(self.decay, self.step / (self.step + 10))
+        with torch.no_grad():
+            for average, module in zip(self.ema, self.modules):
+                torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The source domain as a stream of batches, all drawn with one generator."""
+
+    generator: torch.Generator
+    batch: int
+    with_digits: bool
+    device: str
+
+    def draw(self, n: int) -> tuple[torch.Tensor, list[str]]:
+        """``n`` pictures, uint8 (n, 3, 32, 32), on the CPU, and their captions."""
+        return source_images.draw(n, self.generator, self.with_digits)
+
+    def rows(self, pool: int) -> torch.Tensor:
+        """Which pictures of a pool the next batch is made of: int64 (batch,)."""
+        return torch.randint(pool, (self.batch,), generator=self.generator)
+
+    def held_out(self, seed: int) -> tuple[torch.Tensor, list[str], torch.Generator]:
+        """Pictures as `draw`, the same ones each time, their captions, and a generator for what else is fixed."""
+        generator = torch.Generator().manual_seed(seed)
+        return *source_images.draw(HELD_OUT, generator, self.with_digits), generator
+
+
+# --- the VAE ---
+
+
+def train_vae(vae: AutoencoderKL, steps: int, source: Source, log: Log) -> AutoencoderKL:
+    """Reconstruction (squared + absolute error), a small KL term; sets the scaling factor to 1 / std of the latents."""
+    training = Steps([vae], steps, lr=2e-3)
+    held_out = to_unit(source.held_out(12345)[0]).to(source.device)
+    for step, loss in (bar := tqdm(enumerate(vae_losses(vae, steps, source), 1), desc="VAE", total=steps)):
+        training.take(loss)
+        if step % CHECK_VAE == 0 or step == steps:
+            psnr, latent_std = vae_quality(training.ema[0], held_out)
+            log({"phase": "vae", "step": step, "psnr_db": psnr, "latent_std": latent_std})
+            bar.set_postfix(psnr=f"{psnr:.1f} dB")
+    vae = training.ema[0]
+    vae.register_to_config(scaling_factor=1 / latent_std)
+    return vae
+
+
+def vae_losses(vae: AutoencoderKL, steps: int, source: Source) -> Iterator[torch.Tensor]:
+    """The loss of each batch; each picture of a pool is used twice before a new pool is drawn."""
+    for step in range(steps):
+        if step % 100 == 0:
+            pool = source.draw(100 * source.batch // 2)[0]
+        images = to_unit(pool[source.rows(len(pool))]).to(source.device)
+        with autocast(source.device, torch.bfloat16):
+            posterior = vae.encode(images).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        error = decoded.float() - images
+        yield error.square().mean() + 0.2 * error.abs().mean() + 1e-4 * posterior.kl().mean() / 256
+
+
+@torch.no_grad()
+def vae_quality(vae: AutoencoderKL, images: torch.Tensor) -> tuple[float, float]:
+    """(peak signal-to-noise ratio in dB of what comes back, standard deviation of the latents) of images in -1..1."""
+    latents = vae.encode(images).latent_dist.mode()
+    mse = (vae.decode(latents).sample.clamp(-1, 1) - images).square().mean()
+    return float(10 * torch.log10(4 / mse)), float(latents.std())
+
+
+# --- the UNet and the text encoder ---
+
+
+def sample_timesteps(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Half uniform over 0..999, half over 250..950, where it is decided *which* thing is drawn."""
+    everywhere = torch.randint(0, 1000, (n,), generator=generator)
+    middle = torch.randint(250, 950, (n,), generator=generator)
+    return torch.where(torch.rand(n, generator=generator) < 0.5, everywhere, middle)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What the training of the UNet stands on: the finished VAE, the tokenizer, the schedule (on the device)."""
+
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+    alphas_cumprod: torch.Tensor
+    device: str
+
+    @torch.no_grad()
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (N, 3, 32, 32) -> latents (N, 4, 8, 8) on the device, drawn from the VAE's posterior."""
+        parts = [self.vae.encode(to_unit(part).to(self.device)).latent_dist.sample() for part in images.split(512)]
+        return torch.cat(parts) * self.vae.config.scaling_factor
+
+    def tokens(self, captions: list[str]) -> torch.Tensor:
+        """int64 (len(captions), TOKENS) on the device."""
+        padded = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+        return self.tokenizer(captions, **padded).input_ids.to(self.device)
+
+    def loss(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        latents: torch.Tensor,
+        ids: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """The diffusion loss, a scalar: latents and noise (B, 4, 8, 8), captions ids (B, TOKENS), t int64 (B,)."""
+        alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+        with autocast(self.device, torch.bfloat16):
+            context = text_encoder(ids).last_hidden_state
+            predicted = unet(noisy, t, encoder_hidden_states=context).sample
+        return F.mse_loss(predicted.float(), noise)
+
+
+class Probe:
+    """The loss on held-out pictures with their own caption, with another picture's, and with the empty one.
+
+    A model that has learnt *which* glyph a caption names shows right < empty < wrong.
+    """
+
+    def __init__(self, frozen: Frozen, source: Source):
+        images, captions, generator = source.held_out(54321)
+        keep = [i for i, caption in enumerate(captions) if "leaves" not in caption]
+        ids = frozen.tokens([captions[i] for i in keep])
+        self.frozen, self.latents = frozen, frozen.latents(images[keep])
+        self.t = torch.randint(250, 950, (len(keep),), generator=generator).to(source.device)
+        self.noise = torch.randn(self.latents.shape, generator=generator).to(source.device)
+        self.ids = {"right": ids, "wrong": ids.roll(1, 0), "empty": frozen.tokens([""]).expand(len(keep), -1)}
+
+    @torch.no_grad()
+    def losses(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> dict[str, float]:
+        return {
+            kind: float(self.frozen.loss(unet, text_encoder, self.latents, ids, self.t, self.noise))
+            for kind, ids in self.ids.items()
+        }
+
+
+def train_unet(
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    frozen: Frozen,
+    steps: int,
+    source: Source,
+    log: Log,
+    save: Callable[[UNet2DConditionModel, CLIPTextModel], None],
+) -> None:
+    """Epsilon prediction on captioned pictures; saves the averaged UNet and text encoder now and then, and at last."""
+    training = Steps([unet, text_encoder], steps, lr=1e-3)
+    probe = Probe(frozen, source)
+    losses = unet_losses(unet, text_encoder, frozen, steps, source)
+    for step, loss in (bar := tqdm(enumerate(losses, 1), desc="UNet", total=steps)):
+        training.take(loss)
+        if step % CHECK_UNET == 0 or step == steps:
+            found = probe.losses(*training.ema)
+            log({"phase": "unet", "step": step, "loss": float(loss.detach()), **found})
+            bar.set_postfix({kind: f"{value:.3f}" for kind, value in found.items()})
+        if step % SAVE_UNET == 0 or step == steps:
+            save(*training.ema)
+
+
+def unet_losses(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, frozen: Frozen, steps: int, source: Source
+) -> Iterator[torch.Tensor]:
+    """The loss of each batch, one caption in ten empty; each picture of a pool is used 2.5 times."""
+    empty, pool, generator = frozen.tokens([""]), 100 * source.batch, source.generator
+    for step in range(steps):
+        if step % 250 == 0:
+            images, captions = source.draw(pool)
+            latents, ids = frozen.latents(images), frozen.tokens(captions)
+        rows = source.rows(pool).to(source.device)
+        batch_ids = ids[rows]
+        batch_ids[(torch.rand(source.batch, generator=generator) < 0.1).to(source.device)] = empty
+        noise = torch.randn(source.batch, *latents.shape[1:], generator=generator).to(source.device)
+        t = sample_timesteps(source.batch, generator).to(source.device)
+        yield frozen.loss(unet, text_encoder, latents[rows], batch_ids, t, noise)
+
+
+# --- the command ---
+
+
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options. Raises SystemExit for wrong ones."""
+    description = "Train the tiny Stable Diffusion from scratch, on pictures made of fonts and chance."
+    parser = argparse.ArgumentParser(prog="python -m sdgen_lib pretrain", description=description)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished model (diffusers layout)")
+    parser.add_argument("--vae-steps", type=int, default=1400)
+    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without-digits", action="store_true", help="leave the digits 0..9 out of the source domain")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
+    options = parser.parse_args(argv)
+    try:
+        options.device = as_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def log_into(path: Path) -> Log:
+    """``log(row)`` adds a row to the table in ``path``, a .csv file, with the seconds since now before it."""
+    start, rows = time.perf_counter(), []
+
+    def log(row: dict) -> None:
+        rows.append({"seconds": round(time.perf_counter() - start), **row})
+        columns = list(dict.fromkeys(name for r in rows for name in r))
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+
+    return log
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command ``pretrain``: makes the model in the folder ``--out``, and its training log beside it."""
+    o = options_of(argv)
+    o.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(o.seed)
+    source = Source(torch.Generator().manual_seed(o.seed), o.batch_size, not o.without_digits, o.device)
+    log = log_into(o.out / "training_log.csv")
+    tokenizer = build_tokenizer(o.out / "tokenizer", source.with_digits)
+    vae, unet, text_encoder = (module.to(o.device) for module in build_models(tokenizer))
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=True, steps_offset=1)
+    vae = train_vae(vae, o.vae_steps, source, log)
+
+    def save(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        # Half precision: enough for weights that were trained in bfloat16, and half the download. Not the small text
+        # encoder: transformers loads it in the dtype it finds, diffusers the other two in float32.
+        StableDiffusionPipeline(
+            vae=copy.deepcopy(vae).half(),
+            unet=copy.deepcopy(unet).half(),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(o.out, safe_serialization=True)
+
+    frozen = Frozen(vae, tokenizer, scheduler.alphas_cumprod.to(o.device), o.device)
+    train_unet(unet, text_encoder, frozen, o.unet_steps, source, log, save)
+
+
+if __name__ == "__main__":
+    main()

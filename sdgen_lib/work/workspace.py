@@ -1,0 +1,154 @@
+"""What every method is handed: one run's settings, data, backbone and results."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import data
+from ..config.settings import Settings, View
+from ..data.sources import checkout
+from ..diffusion import backbone as backbones
+from ..diffusion import weights
+from ..diffusion.generator import Generator
+from ..diffusion.training import Latents
+from ..machine.devices import classifier_dtype, default_device
+from ..machine.passes import Pass, Work
+from ..machine.ranks import ALONE, Ranks
+from ..store import files
+from ..store.run import Run, Step, run_path
+from . import cost
+
+LATENTS = "latents.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A generator that may not be there yet: what a table's row, a synthetic set or an export is drawn with.
+
+    ``step``: what it depends on (its ``make`` is never called, nothing of it is stored). ``build()``: the generator,
+    once the results that it needs are there. ``point()``: where it samples, for tables and cards; ``facts``: what else
+    they say of it. ``passes(images)``: what drawing so many costs, also while it is not there yet.
+    """
+
+    name: str
+    step: Step
+    build: Callable[[], Generator]
+    point: Callable[[], Mapping[str, Any]]
+    passes: Callable[[int], Work]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Workspace:
+    """One run's data, backbone and results; the data is loaded and checked at once, the backbone when first needed."""
+
+    def __init__(self, settings: Settings, ranks: Ranks = ALONE):
+        self.settings, self.ranks = settings, ranks
+        self.data = data.load(settings.dataset, settings.image_size, settings.seed, base_dir=checkout())
+        self.run = Run(settings, run_path(settings, self.data.slug), self._roots(), self._announcement, ranks)
+
+    def planned(self, settings: Settings) -> Workspace:
+        """The same data and model with other settings and no result yet: its steps can be counted, and not be made."""
+        other = copy.copy(self)
+        other.settings, other.run = settings, _NothingMade()
+        return other
+
+    def _roots(self) -> dict[str, Callable[[], str]]:
+        return {"data": lambda: self.data.fingerprint, "model": lambda: self._source_fingerprint}
+
+    @functools.cached_property
+    def _source_fingerprint(self) -> str:
+        return weights.fingerprint(backbones.find(self.settings.backbone, self.settings.precision))
+
+    def _announcement(self, step: Step) -> str:
+        if step.work is None:
+            return f"{step.title}."
+        return f"{step.title} (about {cost.readable(cost.seconds(self.backbone, step.work()))} on this machine)."
+
+    @functools.cached_property
+    def backbone(self) -> backbones.Backbone:
+        return backbones.load(self.settings.backbone, precision=self.settings.precision)
+
+    # --- the real images after the VAE ---
+
+    @property
+    def latents_step(self) -> Step:
+        splits = {name: getattr(self.data, name) for name in ("train", "val")}
+
+        def make(folder: Path, s: View) -> dict[str, Any]:
+            encoded = {name: self.backbone.encode(split.images) for name, split in splits.items()}
+            files.save_tensors(folder / LATENTS, encoded)
+            return {name: len(split) for name, split in splits.items()}
+
+        images = sum(map(len, splits.values()))
+        return Step(
+            "latents",
+            make,
+            topics=("precision",),
+            roots=("data", "model"),
+            work=lambda: {Pass("encode", 16, self.data.image_size): images},
+            title="Encoding the real images once with the VAE",
+        )
+
+    @functools.cached_property
+    def latents(self) -> dict[str, Latents]:
+        """The train and val splits after the VAE, encoded once and kept."""
+        tensors, device = files.load_tensors(self.run.file(self.latents_step, LATENTS)), self.backbone.device
+        return {s: Latents(tensors[s].to(device), getattr(self.data, s).labels.to(device)) for s in tensors}
+
+    # --- what several rooms ask for ---
+
+    def compiles(self) -> bool:
+        """Whether the UNet is compiled for sampling: as ``compile_unet`` says, or (auto) where that was measured to be
+        faster and the run's searches and sets take so many passes that it makes up for the minute it takes."""
+        s = self.settings
+        if s.compile_unet == "auto":
+            return self.backbone.gains_by_compiling and cost.sampling_passes(s, len(self.data.train)) >= 100_000
+        return s.compile_unet == "yes"
+
+    def unet_pass(self) -> str:
+        """The kind of pass that sampling takes, see `Pass`."""
+        return "compiled unet" if self.compiles() else "unet"
+
+
+class _NothingMade:
+    """In a run's place: nothing is there, and there is no folder for it."""
+
+    def peek(self, step: Step) -> None:
+        return None
+
+
+def classifier_options(s: Settings | View, in_search: bool = False) -> dict[str, Any]:
+    """The keyword arguments of `classify.train_classifier` that the settings fix; a search may wait longer."""
+    device = default_device()
+    plateau, stop = s.plateau_patience, s.stop_patience
+    if in_search:
+        plateau, stop = s.search_plateau_patience or plateau, s.search_stop_patience or stop
+    return dict(
+        width=s.classifier_width,
+        shortcut=s.classifier_shortcut,
+        epochs=s.classifier_epochs,
+        batch_size=s.classifier_batch_size,
+        epoch_images=s.classifier_epoch_images,
+        epoch_limit=s.classifier_epoch_limit,
+        learning_rate=s.classifier_learning_rate,
+        label_smoothing=s.label_smoothing,
+        plateau_patience=plateau,
+        stop_patience=stop,
+        device=device,
+        dtype=classifier_dtype(s.precision, device),
+    )
+
+
+def classifier_work(s: Settings | View, num_images: int, pixels: int, num_classes: int, count: int = 1) -> Work:
+    """What ``count`` trainings on so many images cost at most; several of them side by side."""
+    in_epoch = max(num_images, s.classifier_epoch_images)
+    in_epoch = min(in_epoch, s.classifier_epoch_limit or in_epoch)
+    options = (("num_classes", num_classes), ("width", s.classifier_width), ("shortcut", s.classifier_shortcut))
+    options += (("precision", s.precision), ("count", count))
+    kind = "classifier" if count == 1 else "classifiers"
+    return {Pass(kind, s.classifier_batch_size, pixels, options): count * s.classifier_epochs * in_epoch}

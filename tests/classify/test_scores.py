@@ -1,0 +1,88 @@
+"""Scores against scikit-learn's."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix
+
+from sdgen_lib import classify, data
+
+
+@pytest.mark.parametrize("absent", [(), (3,), (0, 5)])
+def test_a_score_is_scikit_learns(absent):
+    torch_numbers = torch.Generator().manual_seed(len(absent))
+    labels = torch.multinomial(torch.tensor([1.0, 2, 3, 4, 5, 20]), 400, replacement=True, generator=torch_numbers)
+    labels = labels[~torch.isin(labels, torch.tensor(absent, dtype=torch.int64))]
+    predicted = torch.where(
+        torch.rand(len(labels), generator=torch_numbers) < 0.6,
+        labels,
+        torch.randint(6, (len(labels),), generator=torch_numbers),
+    )
+    score = classify.Score.of(predicted, labels, 6)
+    assert score.accuracy == pytest.approx(accuracy_score(labels, predicted))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of predicted classes that no image has
+        assert score.balanced_accuracy == pytest.approx(balanced_accuracy_score(labels, predicted))
+    confusion = confusion_matrix(labels, predicted, labels=range(6))
+    for label, recall in enumerate(score.per_class):
+        if label in absent:
+            assert math.isnan(recall)
+        else:
+            assert recall == pytest.approx(confusion[label, label] / confusion[label].sum())
+    assert len(score.per_class) == 6 and torch.equal(score.predicted, predicted)
+
+
+def test_scores_compare_by_their_numbers():
+    labels = torch.tensor([0, 0, 2, 2])
+    first, second = (classify.Score.of(torch.tensor(p), labels, 3) for p in ([0, 1, 2, 2], [1, 0, 2, 2]))
+    assert first == second  # class 1 is absent from both: nan
+    assert first.per_class[0] == 0.5 and first.per_class[2] == 1.0
+    assert first != classify.Score.of(torch.tensor([0, 0, 2, 2]), labels, 3)
+
+
+def test_always_the_largest_class_is_balanced_chance():
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    score = classify.Score.of(torch.zeros_like(labels), labels, 2)
+    assert score.accuracy == pytest.approx(0.9) and score.balanced_accuracy == 0.5
+
+
+@pytest.fixture(scope="module")
+def small():
+    return data.load("digits:100", image_size=8)
+
+
+def test_score_reports_the_best_epoch_on_each_test_set(small):
+    options = dict(width=4, epochs=12, batch_size=32, learning_rate=0.1)
+    inverted = data.Split(255 - small.test.images, small.test.labels)
+    tests = {"test": small.test, "inverted": inverted, "validation": small.val}
+    result = classify.score(small.train, small.val, tests, 10, **options)
+    model, history = classify.train_classifier(small.train, small.val, 10, **options)
+    assert (result.val_accuracy, result.best_epoch) == (max(history), history.index(max(history)) + 1)
+    assert (result.epochs, result.steps) == (12, 12 * 4)  # 100 images, 32 a batch
+    assert list(result.tests) == list(tests)
+    for name, split in tests.items():
+        assert result.tests[name].accuracy == classify.accuracy(model, split)
+        assert torch.equal(result.tests[name].predicted, classify.predict(model, split.images))
+    assert result.tests["validation"].accuracy == result.val_accuracy
+
+
+def test_steps_are_those_of_the_training(small):
+    taken = []
+    result = classify.score(
+        small.train, small.val, {}, 10, width=4, batch_size=32, steps=7, on_step=taken.append, epochs=99
+    )
+    assert (result.steps, result.epochs, result.tests) == (7, 2, {}) and taken == list(range(1, 8))
+    never = data.Split(small.val.images, torch.full_like(small.val.labels, 10))
+    stopped = classify.score(small.train, never, {}, 11, width=4, batch_size=50, epochs=30, stop_patience=3)
+    assert (stopped.epochs, stopped.steps, stopped.best_epoch) == (4, 8, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns_the_digits(dtype):
+    digits = data.load("digits")
+    result = classify.score(digits.train, digits.val, {"test": digits.test}, 10, epochs=15, batch_size=64, dtype=dtype)
+    assert result.tests["test"].accuracy > 0.95 and result.val_accuracy > 0.95
+    assert result.tests["test"].balanced_accuracy > 0.95
+    assert 1 <= result.best_epoch <= result.epochs == 15

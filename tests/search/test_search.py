@@ -1,0 +1,376 @@
+"""The search: its plan, that it finds what is there, prunes, goes on after a stop; and the importances."""
+
+import math
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from sdgen_lib.search.search import Space, importances, plan, search, trials_frame
+from sdgen_lib.search.study import FINISHED, open_study, resume_study
+from tests.search import search_worker
+from tests.search.search_worker import SPACE
+
+# --- the plan ---
+
+
+def rungs_of(pruner, n_epochs, trials=1, most=None):
+    """For each of ``trials`` trials, the (first ``most``) epochs at which the pruner compares it to the others."""
+    found, equals = [], optuna.create_study(direction="maximize", pruner=pruner, study_name="step 2")
+    for _ in range(trials):
+        reached, trial = [], equals.ask()
+        for epoch in range(1, n_epochs + 1):
+            trial.report(0.5, epoch)
+            assert not trial.should_prune()  # none is worse than another
+            if len(equals.get_trials(deepcopy=False)[trial.number].system_attrs) > len(reached):
+                reached.append(epoch)
+            if len(reached) == most:
+                break
+        found.append(reached)
+    return found
+
+
+def brackets_of(pruner, n_epochs):
+    """Trials of one bracket have their first rung at the same epoch."""
+    return len({rung for (rung,) in rungs_of(pruner, n_epochs, trials=30, most=1)})
+
+
+def startup_of(sampler):
+    """The first trial whose UGS is not simply the random sampler's."""
+    seen = optuna.create_study(direction="maximize")
+    for number in range(50):
+        seen.sampler = sampler(number)
+        found = seen.ask().suggest_float("UGS", 0, 7.5)
+        random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=number))
+        if found != random.ask().suggest_float("UGS", 0, 7.5):
+            return number
+        seen.tell(number, found)
+
+
+@pytest.mark.parametrize(
+    ("n_trials", "n_epochs", "brackets", "startup"),
+    [
+        (16, 30, 1, 5),
+        (50, 100, 2, 8),
+        (2, 1, 1, 2),
+        (20, 40, 1, 6),
+        (4, 3, 1, 2),
+        (60, 27, 3, 6),
+        (100, 9, 2, 10),
+        (40, 81, 2, 6),
+        (10, 2, 1, 3),
+    ],
+)
+def test_plan(n_trials, n_epochs, brackets, startup):
+    """One bracket for every 20 trials at most, and a third of a bracket's trials, ten at most, at random first."""
+    pruner, sampler = plan(n_trials, n_epochs, seed=0)
+    assert brackets_of(pruner, n_epochs) == brackets
+    assert startup_of(sampler) == startup
+
+
+@pytest.mark.parametrize(
+    ("n_epochs", "rungs"), [(1, [1]), (2, [1]), (4, [2]), (6, [2, 6]), (24, [8, 24]), (25, [9]), (100, [34])]
+)
+def test_the_rungs_of_a_single_bracket(n_epochs, rungs):
+    """After a third of the epochs, and none just before the end, where next to nothing is left to save."""
+    pruner, _ = plan(n_trials=16, n_epochs=n_epochs, seed=0)
+    assert rungs_of(pruner, n_epochs) == [rungs]
+
+
+def test_the_sampler_of_a_trial_depends_on_seed_and_number():
+    def first(seed, number):
+        of_one_trial = optuna.create_study(sampler=plan(16, 30, seed)[1](number))
+        return of_one_trial.ask().suggest_float("UGS", 0, 7.5)
+
+    assert first(0, 3) == first(0, 3)
+    assert len({first(seed, number) for seed in (0, 1) for number in range(5)}) == 10
+
+
+def test_space_after():
+    """Step 4 of the paper: IS up to the best, UGS up to twice the best, the epochs of the fine-tuning."""
+    best = {"IS": 12, "UGS": 2.5, "epoch": 3}
+    assert SPACE.after(best, epochs=10) == Space((5, 12), (0.0, 5.0), (1, 10))
+    assert SPACE.after({**best, "IS": 5, "UGS": 0.0}, 2) == Space((5, 5), (0.0, 1.0), (1, 2))
+
+
+# --- the search, with a classifier whose accuracy is a formula ---
+
+
+@pytest.fixture
+def formula(monkeypatch):
+    """Accuracy after classifier epoch e: highest at UGS 2, growing with e; on the test set half of it."""
+    state = {"classifier epochs": 0}
+
+    def train_classifier(*images, on_epoch, **options):
+        def counted(*facts):
+            state["classifier epochs"] += 1
+            on_epoch(*facts)
+
+        return search_worker.train_classifier(*images, on_epoch=counted, **options)
+
+    monkeypatch.setattr("sdgen_lib.search.search.train_classifier", train_classifier)
+    monkeypatch.setattr("sdgen_lib.search.search.accuracy", search_worker.accuracy)
+    return search_worker.images_of, state
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return search_worker.digits()
+
+
+def run(trials, images_of, digits, n_trials=40, epochs=9, **changes):
+    options = {"select_on": "val", "seed": 0, "classifier_seed": 0, "classifier_options": {"epochs": epochs}, **changes}
+    return search(trials, SPACE, images_of, digits.train.labels, digits, n_trials=n_trials, **options)
+
+
+def opened(path):
+    return open_study(path, "step 2")
+
+
+def resumed(path):
+    """The study in a file, as the process opens it that goes on with the search."""
+    return resume_study(path, "step 2")
+
+
+def records(study):
+    """What every finished trial was and gave, without clocks."""
+    clocks = ("seconds", "generation_seconds")
+    return [
+        (t.params, t.state, t.intermediate_values, {k: v for k, v in t.user_attrs.items() if k not in clocks})
+        for t in study.get_trials(deepcopy=False, states=FINISHED)
+    ]
+
+
+def test_the_search_finds_the_best_guidance_prunes_and_takes_notes(tmp_path, formula, digits):
+    images_of, state = formula
+    study = opened(tmp_path / "journal.log")
+    shown = []
+    run(study, images_of, digits, on_trial=lambda study: shown.append(len(study.trials)))
+    assert shown == list(range(1, 41))
+    assert abs(study.best_params["UGS"] - 2) < 0.3 and study.best_value > 0.95
+    frame = trials_frame(study)
+    assert list(frame.index) == list(range(40))
+    assert frame.IS.between(5, 20).all() and frame.UGS.between(0, 7.5).all() and frame.epoch.between(1, 4).all()
+    assert 5 <= frame.pruned.sum() <= 35
+    assert frame.classifier_epochs[~frame.pruned].eq(9).all() and frame.classifier_epochs[frame.pruned].lt(9).all()
+    assert frame.classifier_epochs.sum() == state["classifier epochs"]
+    expected = np.exp(-((frame.UGS - 2) ** 2) / 4) * frame.classifier_epochs / 9
+    np.testing.assert_allclose(frame.value, expected)
+    np.testing.assert_allclose(frame.val_accuracy, expected)
+    np.testing.assert_allclose(frame.test_accuracy, expected / 2)
+    later = frame.iloc[20:]  # the sampler has learnt where to look: at random, 0.27 would lie so near
+    assert ((later.UGS - 2).abs() < 1).mean() > 0.5
+    for trial in study.trials:
+        assert {"generation_seconds", "seconds", "classifier_epochs"} <= set(trial.user_attrs)
+
+
+def test_without_pruning_every_trial_runs_to_its_end(tmp_path, formula, digits):
+    study = opened(tmp_path / "journal.log")
+    run(study, formula[0], digits, n_trials=12, pruning=False)
+    frame = trials_frame(study)
+    assert not frame.pruned.any() and frame.classifier_epochs.eq(9).all()
+
+
+@pytest.mark.parametrize(("n_trials", "n_epochs"), [(12, 9), (12, 3), (8, 2), (42, 9)])
+def test_no_trial_is_pruned_at_the_last_epoch(tmp_path, formula, digits, n_trials, n_epochs):
+    """One that has trained to the end costs what a complete one costs: pruning it there would only hide it."""
+    study = opened(tmp_path / "journal.log")
+    frame = trials_frame(run(study, formula[0], digits, n_trials=n_trials, epochs=n_epochs))
+    assert frame.pruned.any() and not frame.pruned.all()
+    assert (frame.pruned == (frame.classifier_epochs < n_epochs)).all()
+
+
+def test_selecting_on_the_test_set(tmp_path, formula, digits):
+    study = opened(tmp_path / "journal.log")
+    run(study, formula[0], digits, n_trials=5, select_on="test")
+    frame = trials_frame(study)
+    np.testing.assert_allclose(frame.value, frame.test_accuracy)
+    np.testing.assert_allclose(frame.val_accuracy, 2 * frame.test_accuracy)
+
+
+def test_two_searches_of_one_seed_are_the_same(tmp_path, formula, digits):
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        study = opened(tmp_path / f"{name}.log")
+        found.append(records(run(study, formula[0], digits, n_trials=12, seed=seed)))
+    assert found[0] == found[1] != found[2]
+
+
+class Killed(BaseException):
+    """What a killed process looks like from inside: nothing catches it."""
+
+
+@pytest.mark.parametrize(
+    ("n_trials", "stop", "where"),
+    [
+        (16, KeyboardInterrupt, "generating"),
+        (16, Killed, "classifier"),
+        (42, Killed, "classifier"),
+        (42, KeyboardInterrupt, "classifier"),
+        (42, Killed, "generating"),
+    ],
+)
+def test_a_stopped_search_goes_on_as_an_unbroken_one(tmp_path, formula, digits, monkeypatch, n_trials, stop, where):
+    """Killed, or interrupted by the user, twice; each time a new process goes on."""
+    images_of, _ = formula
+    whole = run(opened(tmp_path / "whole.log"), images_of, digits, n_trials, epochs=27)
+    expected = records(whole)
+    assert brackets_of(whole.pruner, n_epochs=27) == (2 if n_trials > 39 else 1)
+    begun, stops = [], [9, 12]  # stops in these trials or later
+
+    def stop_now(place):
+        if place == where and stops and len(begun) >= stops[0]:
+            stops.pop(0)
+            raise stop
+
+    def images_or_stop(*point):
+        begun.append(point)
+        stop_now("generating")
+        return images_of(*point)
+
+    def train_or_stop(images, *args, on_epoch, **options):
+        def on_epoch_or_stop(number, model, value):
+            on_epoch(number, model, value)
+            if number == 13:  # it has passed a rung
+                stop_now("classifier")
+
+        return search_worker.train_classifier(images, *args, on_epoch=on_epoch_or_stop, **options)
+
+    monkeypatch.setattr("sdgen_lib.search.search.train_classifier", train_or_stop)
+    for _ in range(3):
+        try:
+            run(resumed(tmp_path / "stopped.log"), images_or_stop, digits, n_trials, epochs=27)
+        except stop:
+            continue
+    found = records(opened(tmp_path / "stopped.log"))
+    assert [r[0] for r in found] == [r[0] for r in expected]  # the same points, none lost, none twice
+    assert found == expected
+    assert not stops and len(begun) == n_trials + 2  # only what was stopped ran again
+
+
+def test_a_trial_that_a_killed_process_left_running_is_failed(tmp_path, formula, digits):
+    study = opened(tmp_path / "journal.log")
+    stale = study.ask()
+    stale.suggest_float("UGS", 0, 7.5)
+    run(resumed(tmp_path / "journal.log"), formula[0], digits, n_trials=3)
+    states = [t.state for t in opened(tmp_path / "journal.log").trials]
+    assert TrialState.RUNNING not in states
+    assert sum(state in FINISHED for state in states) == 3
+
+
+def test_a_finished_search_does_nothing_more_and_a_longer_one_goes_on(tmp_path, formula, digits):
+    images_of, state = formula
+    study = run(opened(tmp_path / "journal.log"), images_of, digits, n_trials=4)
+    before, work = records(study), state["classifier epochs"]
+    run(opened(tmp_path / "journal.log"), images_of, digits, n_trials=4)
+    assert state["classifier epochs"] == work
+    longer = records(run(opened(tmp_path / "journal.log"), images_of, digits, n_trials=6))
+    assert longer[:4] == before and len(longer) == 6
+
+
+def test_two_studies_do_not_mix(tmp_path, formula, digits):
+    run(opened(tmp_path / "journal.log"), formula[0], digits, n_trials=3)
+    assert len(open_study(tmp_path / "journal.log", "step 4").trials) == 0
+
+
+def test_a_search_with_real_classifiers(tmp_path, digits):
+    """No diffusion: real digits drown in noise the farther UGS is from 2."""
+    generator = torch.Generator().manual_seed(0)
+
+    def images_of(steps, guidance, epoch):
+        share = math.exp(-abs(guidance - 2))
+        noise = torch.randint(0, 256, digits.train.images.shape, generator=generator, dtype=torch.uint8)
+        return (share * digits.train.images + (1 - share) * noise).to(torch.uint8)
+
+    study = opened(tmp_path / "journal.log")
+    options = dict(width=8, epochs=8, batch_size=16, learning_rate=3e-3, plateau_patience=9, stop_patience=9)
+    run(study, images_of, digits, n_trials=12, classifier_options=options)
+    frame = trials_frame(study)
+    assert abs(study.best_params["UGS"] - 2) < 1.3
+    assert study.best_value > 0.6 and frame.value.min() < 0.4
+    assert frame.pruned.any() and not frame.pruned.all()
+    assert frame.test_accuracy.corr(frame.val_accuracy) > 0.9 and (frame.test_accuracy != frame.val_accuracy).any()
+
+
+# --- trials and importances ---
+
+DISTRIBUTIONS = {
+    "IS": optuna.distributions.IntDistribution(1, 101),
+    "UGS": optuna.distributions.FloatDistribution(0.0, 1.0),
+    "epoch": optuna.distributions.IntDistribution(1, 10),
+}
+
+
+@pytest.fixture
+def study_of():
+    """``study_of(rows)`` -> a study of trials made by hand, from rows (IS, UGS, epoch, value, pruned)."""
+
+    def make(rows, distributions=DISTRIBUTIONS):
+        study = optuna.create_study(direction="maximize", study_name="by hand")
+        for steps, guidance, epoch, value, pruned in rows:
+            facts = {"value": value, "val_accuracy": value, "test_accuracy": value / 2}
+            trial = optuna.trial.create_trial(
+                state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+                value=None if pruned else value,
+                params={"IS": steps, "UGS": guidance, "epoch": epoch},
+                distributions=distributions,
+                user_attrs={**facts, "classifier_epochs": 3 if pruned else 9, "seconds": 1.5},
+            )
+            study.add_trial(trial)
+        return study
+
+    return make
+
+
+def test_trials_frame_of_a_search_that_has_not_begun(study_of):
+    frame = trials_frame(study_of([]))
+    assert len(frame) == 0 and {"IS", "UGS", "epoch", "value", "pruned"} <= set(frame)
+
+
+def test_trials_frame(study_of):
+    frame = trials_frame(study_of([(10, 0.5, 1, 0.8, False), (20, 0.25, 2, 0.3, True)]))
+    assert frame.index.name == "trial" and frame.index.tolist() == [0, 1]
+    accuracies = {"value": 0.3, "val_accuracy": 0.3, "test_accuracy": 0.15}
+    rest = {"pruned": True, "classifier_epochs": 3, "seconds": 1.5}
+    assert frame.loc[1].to_dict() == {"IS": 20, "UGS": 0.25, "epoch": 2, **accuracies, **rest}
+
+
+def random_rows(value, count=300, prune=0):
+    random = np.random.default_rng(0)
+    for k in range(count):
+        steps, guidance, epoch = int(random.integers(1, 102)), random.random(), int(random.integers(1, 11))
+        yield steps, guidance, epoch, value((steps - 1) / 100, guidance, (epoch - 1) / 9), k < prune
+
+
+@pytest.mark.parametrize("prune", [0, 150])
+def test_importances_of_a_sum(study_of, prune):
+    """Of a + 3 b the variances are 1 : 9. Pruned trials count like the others."""
+    found = importances(study_of(random_rows(lambda a, b, c: a + 3 * b, prune=prune)))
+    assert list(found.index) == ["IS", "UGS", "epoch"] and found.name == "by hand"
+    assert found.sum() == pytest.approx(1)
+    assert found.to_dict() == pytest.approx({"IS": 0.1, "UGS": 0.9, "epoch": 0.0}, abs=0.05)
+
+
+def test_importances_repeat_themselves(study_of):
+    study = study_of(random_rows(lambda a, b, c: a + b + c, count=40))
+    assert importances(study).equals(importances(study))
+
+
+def test_a_parameter_with_one_value_has_no_importance(study_of):
+    distributions = {**DISTRIBUTIONS, "IS": optuna.distributions.IntDistribution(5, 5)}
+    rows = [(5, u, e, u, False) for u, e in np.random.default_rng(0).uniform((0, 1), (1, 10), (40, 2)).tolist()]
+    found = importances(study_of([(i, u, int(e), v, p) for i, u, e, v, p in rows], distributions))
+    assert found["IS"] == 0 and found["UGS"] > 0.8 and found.sum() == pytest.approx(1)
+
+
+def test_without_variance_there_is_nothing_to_share_out(study_of):
+    assert importances(study_of(random_rows(lambda a, b, c: 0.5, count=10))).isna().all()
+
+
+def test_importances_need_four_trials(study_of):
+    rows = list(random_rows(lambda a, b, c: a + b, count=4))
+    with pytest.raises(ValueError, match="at least 4 finished trials, and this search has 3"):
+        importances(study_of(rows[:3]))
+    assert importances(study_of(rows)).sum() == pytest.approx(1)

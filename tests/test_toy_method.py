@@ -1,0 +1,81 @@
+"""A new method is one conditioner and one source: tables, sets, exports and estimates take it as it is."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sdgen_lib.diffusion.conditions import Condition, ContextTable
+from sdgen_lib.diffusion.generator import LatentGenerator
+from sdgen_lib.evaluate import cas, scaling, sets
+from sdgen_lib.share import export
+from sdgen_lib.store import files
+from sdgen_lib.store.run import Step
+from sdgen_lib.work import cost
+from sdgen_lib.work.workspace import Source, Workspace
+
+
+class Prompts:
+    """The toy method: the text encoder's context for "class 0", "class 1", .., kept as a result of its own."""
+
+    def __init__(self, ws: Workspace):
+        self.ws = ws
+        self.step = Step("toy/contexts", self.make, roots=("data", "model"), title="Writing prompts")
+
+    def make(self, folder: Path, settings) -> dict:
+        prompts = [f"class {c}" for c in range(self.ws.data.num_classes)]
+        files.save_tensors(folder / "contexts.safetensors", {"contexts": self.ws.backbone.text_context(prompts)})
+        return {"prompts": prompts}
+
+    def generator(self) -> LatentGenerator:
+        contexts = files.load_tensors(self.ws.run.file(self.step, "contexts.safetensors"))["contexts"]
+        table = ContextTable(contexts, self.ws.backbone.text_context([""])[0])
+        return LatentGenerator(
+            self.ws.backbone, table, self.ws.data.class_names, 2, 1.5, image_size=self.ws.data.image_size
+        )
+
+    def source(self) -> Source:
+        step = Step("generator/toy", lambda *_: {}, topics=("seed", "precision"), needs=(self.step,))
+        point = {"num_inference_steps": 2, "guidance_scale": 1.5}
+        return Source("toy", step, self.generator, lambda: point, lambda n: self.generator().work(n))
+
+
+def test_a_toy_method_gets_all_that_the_papers_method_has(small, tmp_path):
+    ws = small(tmp_path / "runs").workspace
+    source = Prompts(ws).source()
+
+    row = cas.cas(ws, source)
+    assert len(row["test"]) == 2 and row["num_images"] == 6 and row["point"]["guidance_scale"] == 1.5
+    assert (ws.run.path / "table_1" / "toy").is_dir()
+
+    one, two = sets.synthetic(ws, source, 1), sets.synthetic(ws, source, 2)
+    assert len(one) == 6 and torch.equal(two.images[:6], one.images)
+    rows = scaling.scaling(ws, source)
+    assert list(rows) == ["real", "x1", "x2"] and rows["x2"]["num_images"] == 12
+
+    step = sets.block_step(ws, source, 3)
+    seconds = cost.seconds(ws.backbone, step.work())
+    assert 0 < seconds < 60 and sum(n for kind, n in step.work().items() if kind.kind == "unet") == 6 * 2 * 2
+
+    out = export.export(ws, source, "npz", tmp_path / "out", multiple=1)
+    with np.load(out / f"{ws.data.slug}.npz", allow_pickle=False) as file:
+        exported = torch.from_numpy(file["train_images"]).permute(0, 3, 1, 2)
+    assert torch.equal(exported, one.images)
+
+
+def test_its_conditioner_says_something_else_for_each_image(small, tmp_path):
+    """The loop, the sampler and the sets hand every image's index to the conditioner."""
+    ws = small(tmp_path).workspace
+    asked = []
+
+    class Indexed:
+        def __call__(self, labels, indices, seed):
+            asked.append((labels.tolist(), indices.tolist(), seed))
+            return Condition(torch.zeros(len(labels), ws.backbone.tokens, ws.backbone.width))
+
+        def unconditional(self):
+            return Condition(torch.zeros(1, ws.backbone.tokens, ws.backbone.width))
+
+    generator = LatentGenerator(ws.backbone, Indexed(), ws.data.class_names, 1, 1.0, batch_size=4)
+    generator([0, 1, 1, 0, 1], seed=7, first_index=10)
+    assert asked == [([0, 1, 1, 0], [10, 11, 12, 13], 7), ([1], [14], 7)]
