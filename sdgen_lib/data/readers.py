@@ -205,7 +205,8 @@ def _read_image(file: Path, size: int, root: Path, digest) -> np.ndarray:
         content = file.read_bytes()
         picture = _whole_picture(content)
     except Exception as error:  # a damaged picture makes its decoder raise nearly anything
-        raise ValueError(f"{file} is not an image that can be read ({_reason(error)}); mend or remove it.") from error
+        name = str(file) if str(file).isprintable() else repr(str(file))  # a line break in a name is no line break here
+        raise ValueError(f"{name} is not an image that can be read ({_reason(error)}); mend or remove it.") from error
     relative = os.fsencode(file.relative_to(root).as_posix())
     digest.update(b"%s\0%d\0" % (relative, len(content)) + content)
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR))

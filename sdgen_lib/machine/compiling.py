@@ -22,7 +22,7 @@ def _memory_format(name: str) -> torch.memory_format:
 def _same_key_in_every_process() -> None:
     """Makes TorchInductor find what any other process has compiled.
 
-    It looks in its cache for what has the same pickle. As pickled, a memory format is named after the module that first
+    It looks in its cache for what has the same pickle; there a memory format is named after the module that first
     got hold of torch: Optuna, where that was imported first. From now on it is pickled by its own name.
     """
     copyreg.pickle(torch.memory_format, lambda memory_format: (_memory_format, (str(memory_format),)))

@@ -337,7 +337,12 @@ class ClassEncoderMethod:
             return "pretrained", lambda: None
         step = self.finetune_step
         key = f"{self.ws.run.fingerprint(step)[:DIGITS]} epoch {epoch}"
-        return key, lambda: files.load_tensors(self.ws.run.file(step, checkpoint_name(epoch)))
+
+        def load() -> dict[str, torch.Tensor]:
+            with self.ws.run.alone():  # of several ranks only those come here whose UNet holds other weights
+                return files.load_tensors(self.ws.run.file(step, checkpoint_name(epoch)))
+
+        return key, load
 
     # --- making them ---
 

@@ -162,7 +162,7 @@ def _generated(ws: Workspace, source: Source, multiple: int, found: Sequence[Res
 
 def main(argv: Sequence[str] | None = None) -> None:
     """``python -m sdgen_lib export``; a wrong argument or a run that cannot give it ends with one line."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)  # OUT may be left out, and options stand before it
     try:
         if args.list:
             print(_listed(run_path_of(args.run_folder), [args.to] if args.to else ["folder", "generator"], args.row))

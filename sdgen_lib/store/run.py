@@ -206,6 +206,8 @@ class Run:
             self._alone = before
 
     def _make(self, step: Step) -> None:
+        if step.together and self._alone and self.ranks.count > 1:  # a file of it was damaged meanwhile
+            raise RuntimeError(f"{step.name} has to be made again, by all processes together: start this again.")
         folder = self.folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         if self.ranks.first:
@@ -258,7 +260,10 @@ class Run:
         raise files.DamagedFile(f"{path} was damaged once more while it was made: check the disk.")
 
     def _is_whole(self, path: Path, expected: str | None) -> bool:
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except FileNotFoundError:  # another process has just moved it aside
+            return False
         seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         if expected is None or self._seen_whole.get(path) == seen:
             return True
@@ -274,7 +279,8 @@ class Run:
     def discard(self, step: Step, names: set[str]) -> None:
         """Deletes files of a finished result that nothing will read."""
         with self.lock(step):
-            if (result := self.peek(step)) is None:
+            result = self.peek(step)
+            if result is None or not names & set(result.record["files"]):
                 return
             kept = {name: found for name, found in result.record["files"].items() if name not in names}
             record = {key: value for key, value in result.record.items() if key != "sum"} | {"files": kept}

@@ -1,77 +1,120 @@
-"""What is taken away, read back by the libraries it is meant for."""
+"""What is taken away, read back by the libraries it is meant for; and which run's results they are."""
 
 import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import small as small_run
 import torch
-import yaml
 
-from sdgen_lib import data, export, generator, runs
-from sdgen_lib.export import course_of, folder_names
+from sdgen_lib import data
+from sdgen_lib.config.settings import resolve
+from sdgen_lib.data import Split
+from sdgen_lib.diffusion import weights
+from sdgen_lib.evaluate.sets import block_step, synthetic
+from sdgen_lib.share import export, generator
+from sdgen_lib.share.formats import folder_names
+from sdgen_lib.share.reopen import choices, workspace_of
+from sdgen_lib.store import files
+from sdgen_lib.store.run import digest, results
+from sdgen_lib.work.workspace import Workspace
 
-LABELS = torch.tensor([3, 0, 9])
+LABELS = torch.tensor([1, 0, 1])
+PARTS = ("train", "val", "test")
 
 
 @pytest.fixture(scope="module")
-def taken(finished, tmp_path_factory):
-    """The micro run in every format: {format: folder}."""
+def taken(course, tmp_path_factory):
+    """The small run in every format: {format: folder}."""
     base = tmp_path_factory.mktemp("taken")
-    return {to: export.export(finished.course, to, base / to) for to in ("folder", "npz", "parquet", "generator")}
+    formats = ("folder", "npz", "parquet", "generator")
+    return {to: export.export(course.workspace, course.source(), to, base / to) for to in formats}
 
 
 @pytest.fixture(scope="module")
-def synthetic(finished):
-    return finished.course.synthetic(2)
+def expected(course):
+    """The splits that a whole export holds."""
+    return {"train": course.synthetic(2), "val": course.data.val, "test": course.data.test}
 
 
-def as_split(pairs) -> data.Split:
+@pytest.fixture
+def moved(course, tmp_path):
+    """The small run's results in another place: (its run folder, its dataset), both free to be changed."""
+    run = shutil.copytree(course.run.path, tmp_path / "runs" / course.run.path.parent.name / course.run.path.name)
+    return run, Path(shutil.copy(course.settings.dataset, tmp_path / "elsewhere.npz"))
+
+
+def npz_of(folder):
+    (path,) = folder.glob("*.npz")
+    return np.load(path, allow_pickle=False)
+
+
+def train_of(folder) -> Split:
+    """The training part of an exported .npz."""
+    with npz_of(folder) as file:
+        images = torch.from_numpy(file["train_images"]).permute(0, 3, 1, 2)
+        return Split(images, torch.from_numpy(file["train_labels"][:, 0].astype(np.int64)))
+
+
+def same(a: Split, b: Split) -> bool:
+    return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def as_split(pairs) -> Split:
     """(PIL image, label) pairs -> a Split."""
     pairs = [(np.array(image.convert("RGB")), int(np.asarray(label).item())) for image, label in pairs]
     images = torch.from_numpy(np.stack([image for image, _ in pairs])).permute(0, 3, 1, 2)
-    return data.Split(images, torch.tensor([label for _, label in pairs]))
+    return Split(images, torch.tensor([label for _, label in pairs]))
 
 
-def same_set(a: data.Split, b: data.Split) -> bool:
+def same_set(a: Split, b: Split) -> bool:
     """Whether two splits hold the same labelled images, in any order."""
     sets = [sorted((int(y), x.contiguous().numpy().tobytes()) for x, y in zip(s.images, s.labels)) for s in (a, b)]
     return sets[0] == sets[1]
 
 
+def rewrite(run, name, change):
+    """Changes the records of a step in a run folder as their writer would have written them."""
+    found = results(run, name)
+    assert found
+    for result in found:
+        record = json.loads(json.dumps({key: value for key, value in result.record.items() if key != "sum"}))
+        change(record)
+        files.save_json(result.folder / "record.json", record | {"sum": digest(record)})
+
+
 # --- round trips ---
 
 
-def test_image_folder_by_torchvision(taken, finished, synthetic):
+def test_image_folder_by_torchvision(taken, expected):
     from torchvision.datasets import ImageFolder
 
-    for part, expected in (
-        ("train", synthetic),
-        ("val", finished.course.data.val),
-        ("test", finished.course.data.test),
-    ):
+    for part in PARTS:
         read = ImageFolder(taken["folder"] / part)
-        assert read.classes == list("0123456789")
-        assert same_set(as_split(read), expected)
+        assert read.classes == ["class 0", "class 1"]
+        assert same_set(as_split(read), expected[part])
 
 
-def test_npz_by_medmnist(taken, synthetic, finished, tmp_path):
+def test_npz_by_medmnist(taken, expected, tmp_path):
     """medmnist's own reader, of the file under a name of its own."""
     import medmnist
 
-    (tmp_path / "pathmnist.npz").write_bytes((taken["npz"] / "digits-100.npz").read_bytes())
-    for part, expected in (("train", synthetic), ("test", finished.course.data.test)):
-        read = as_split(medmnist.PathMNIST(part, root=tmp_path))
-        assert torch.equal(read.images, expected.images) and torch.equal(read.labels, expected.labels)
-    with np.load(taken["npz"] / "digits-100.npz", allow_pickle=False) as file:
-        assert file["train_labels"].shape == (200, 1) and file["train_labels"].dtype == np.uint8
+    (path,) = taken["npz"].glob("*.npz")
+    (tmp_path / "breastmnist.npz").write_bytes(path.read_bytes())
+    for part in PARTS:
+        assert same(as_split(medmnist.BreastMNIST(part, root=tmp_path)), expected[part])
+    with npz_of(taken["npz"]) as file:
+        assert file["train_labels"].shape == (12, 1) and file["train_labels"].dtype == np.uint8
 
 
-def test_parquet_by_datasets(taken, synthetic, finished, tmp_path):
+def test_parquet_by_datasets(taken, expected, tmp_path):
     import datasets
     from PIL.Image import Image
 
@@ -79,174 +122,388 @@ def test_parquet_by_datasets(taken, synthetic, finished, tmp_path):
     assert list(whole) == ["train", "validation", "test"]
     features = whole["train"].features
     assert isinstance(features["image"], datasets.Image) and isinstance(whole["train"][0]["image"], Image)
-    assert features["label"] == datasets.ClassLabel(names=list("0123456789"))
-    read = as_split((row["image"], row["label"]) for row in whole["train"])
-    assert torch.equal(read.images, synthetic.images) and torch.equal(read.labels, synthetic.labels)
-    files = {"test": str(taken["parquet"] / "data" / "test-*.parquet")}
-    test = datasets.load_dataset("parquet", data_files=files, split="test", cache_dir=str(tmp_path))
-    assert test.features == features
-    assert same_set(as_split((row["image"], row["label"]) for row in test), finished.course.data.test)
+    assert features["label"] == datasets.ClassLabel(names=["class 0", "class 1"])
+    for part, name in zip(PARTS, whole):
+        assert same(as_split((row["image"], row["label"]) for row in whole[name]), expected[part])
+    blocks = sorted(path.name for path in (taken["parquet"] / "data").iterdir())
+    assert blocks[1:3] == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
 
 
 @pytest.mark.parametrize("to", ["npz", "folder"])
-def test_a_set_is_a_dataset_of_the_course(taken, synthetic, finished, to):
-    read = data.load(taken[to] / "digits-100.npz" if to == "npz" else taken[to], image_size=16)
-    assert read.class_names == finished.course.data.class_names
-    assert same_set(read.train, synthetic) and same_set(read.test, finished.course.data.test)
-    assert same_set(read.val, finished.course.data.val)
+def test_a_set_is_a_dataset_of_the_course(taken, course, expected, to):
+    read = data.load(next(taken[to].glob("*.npz")) if to == "npz" else taken[to], image_size=8)
+    assert read.class_names == course.data.class_names
+    assert all(same_set(getattr(read, part), expected[part]) for part in PARTS)
 
 
-# --- the generator ---
-
-
-def test_five_lines(taken, finished):
-    """The saved generator draws the run's images, in a process that knows nothing of the run."""
-    program = f"""
-import sdgen_lib
-generator = sdgen_lib.load({str(taken["generator"])!r}, device="cpu", precision="fp32")
-images = generator([3, "0", 9], num_inference_steps=4, guidance_scale=1.5)
-import numpy; numpy.save("images.npy", images.numpy())
+def test_the_saved_generator_draws_the_runs_images(taken, course):
+    """In a process that knows nothing of the run, at its point, and at another one."""
+    program = """
+import sys, numpy, sdgen_lib
+generator = sdgen_lib.load(sys.argv[1], device="cpu", precision="fp32")
+for name, point in (("own", {}), ("other", dict(num_inference_steps=3, guidance_scale=0.5))):
+    numpy.save(name + ".npy", generator([1, "class 0", 1], **point).numpy())
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", program], cwd=taken["generator"].parent, check=True, env=environment)
-    read = torch.from_numpy(np.load(taken["generator"].parent / "images.npy", allow_pickle=False))
-    point = {**finished.course.point("after 4"), "IS": 4, "UGS": 1.5}
-    assert torch.equal(read, finished.course.draw(point, LABELS, generator.SET_NAME))
+    command = [sys.executable, "-c", program, str(taken["generator"])]
+    subprocess.run(command, cwd=taken["generator"].parent, check=True, env=environment)
+    point = course.point("after 4")
+    other = dataclasses.replace(point, num_inference_steps=3, guidance_scale=0.5)
+    for name, at in (("own", point), ("other", other)):
+        read = torch.from_numpy(np.load(taken["generator"].parent / f"{name}.npy", allow_pickle=False))
+        assert torch.equal(read, course.draw(at, LABELS, "generator"))
 
 
-def test_the_best_point_is_the_default(taken, finished):
-    loaded = generator.load(taken["generator"], "cpu", "fp32")
-    point = finished.course.point("after 4")
-    assert torch.equal(loaded(LABELS), finished.course.draw(point, LABELS, generator.SET_NAME))
-    assert torch.equal(loaded(LABELS[1:], first_index=1), loaded(LABELS)[1:])
-    assert not torch.equal(loaded(LABELS, seed=1), loaded(LABELS))
+@pytest.mark.parametrize("row", ["after 1", "after 2"])
+def test_the_generator_of_an_earlier_row(course, tmp_path, row):
+    out = export.export(course.workspace, course.source(row), "generator", tmp_path / "out")
+    loaded, point = generator.load(out, "cpu", "fp32"), course.point(row)
+    assert (loaded.num_inference_steps, loaded.guidance_scale) == (point.num_inference_steps, point.guidance_scale)
+    assert torch.equal(loaded(LABELS), course.draw(point, LABELS, "generator"))
+    assert json.loads((out / "generator.json").read_text())["point"] == point.to_dict()
 
 
-def test_diffusers_reads_the_generator(taken, finished):
-    """As any Stable Diffusion; its UNet is the fine-tuned one."""
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(taken["generator"])
-    epoch = finished.course.point("after 4")["finetune_epoch"]
-    tuned = runs.load_tensors(finished.course.run.path / "3_finetune" / f"epoch_{epoch:03d}.safetensors")
-    state = pipeline.unet.state_dict()
-    assert set(state) == set(tuned) and all(torch.equal(state[name], tuned[name].float()) for name in tuned)
-    kinds = {path.suffix for path in taken["generator"].rglob("*") if path.is_file()}
-    assert kinds <= {".json", ".safetensors", ".txt", ".md"}
+def test_generator_json_says_what_was_used(taken, course):
+    facts = json.loads((taken["generator"] / "generator.json").read_text())
+    assert facts["trained_on"] == course.data.slug and facts["row"] == "after 4" and facts["recipe"] == "demo"
+    assert facts["fingerprint"] == course.run.fingerprint(course.source().step)
+    used = {name: facts["settings"][name] for name in ("transfer_epochs", "n_trials", "select_on", "unconditional")}
+    assert used == {"transfer_epochs": 2, "n_trials": 4, "select_on": "val", "unconditional": "zero"}
+    assert not {"dataset", "backbone", "runs_dir", "storage", "classifier_seeds"} & set(facts["settings"])
 
 
-def test_the_generator_of_an_earlier_row(finished, tmp_path):
-    loaded = generator.load(export.export(finished.course, "generator", tmp_path / "two", row="after 2"), "cpu", "fp32")
-    two = finished.course.point("after 2")
-    assert (loaded.num_inference_steps, loaded.guidance_scale) == (two["IS"], two["UGS"])
-    assert torch.equal(loaded(LABELS), finished.course.draw(two, LABELS, generator.SET_NAME))
+# --- any generator, and exactly its sets ---
 
 
-@pytest.mark.parametrize(
-    ("labels", "words"),
-    [(["zero"], "'zero'.*Allowed: 0, 1"), ([10], "from 0 to 9.*not 10"), ([-1], "not -1"), ([0.5], "not 0.5"),
-     ([], "empty"), ("3", r"\['3'\]")],
-)  # fmt: skip
-def test_wrong_labels(taken, labels, words):
-    with pytest.raises(ValueError, match=words):
-        generator.load(taken["generator"], "cpu")(labels)
+@pytest.mark.parametrize("larger_sets", ["nested", "random"])
+@pytest.mark.parametrize("multiple", [1, 2, 3, None])
+def test_what_is_written_is_the_set_of_the_tables(small, prompts, tmp_path, larger_sets, multiple):
+    """Of a generator that is no method's, for both ways of putting blocks together."""
+    ws = small(tmp_path / "runs", larger_sets=larger_sets, max_multiple=3).workspace
+    source = prompts(ws)
+    made = {k: synthetic(ws, source, k) for k in (1, 2, 3)}
+    out = export.export(ws, source, "npz", tmp_path / "out", multiple)
+    assert same(train_of(out), made[multiple or 3])
+    assert (out / "README.md").read_text().count(f"{6 * (multiple or 3)} **generated**") == 1
 
 
-def test_a_folder_that_is_no_generator(taken, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no generator.json.*--to generator"):
-        generator.load(tmp_path)
-    (tmp_path / "generator.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="format 99.*up to 1"):
-        generator.load(tmp_path)
+def test_a_generator_of_no_method(small, prompts, tmp_path):
+    ws = small(tmp_path / "runs").workspace
+    source = prompts(ws)
+    loaded = generator.load(export.export(ws, source, "generator", tmp_path / "out"), "cpu", "fp32")
+    assert torch.equal(loaded(LABELS), source.build()(LABELS))
+    text = (tmp_path / "out/README.md").read_text()
+    assert "with its generator 'prompts'" in text and "Class-Encoder" not in text
 
 
-def test_importing_the_package_is_light():
-    program = "import sdgen_lib, sys; assert callable(sdgen_lib.load); print('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == "False"
+def test_a_set_of_another_generator_is_not_taken(small, prompts, tmp_path):
+    ws = small(tmp_path / "runs").workspace
+    synthetic(ws, prompts(ws), 1)
+    with pytest.raises(FileNotFoundError, match="no finished 5_datasets/block_01 for these settings: run chapter 07"):
+        export.export(ws, prompts(ws, "other words"), "npz", tmp_path / "out")
 
 
-# --- cards ---
+def test_one_block_is_in_memory_at_a_time(small, prompts, tmp_path, monkeypatch):
+    ws, opened = small(tmp_path / "runs").workspace, []
+    synthetic(ws, prompts(ws), 3)
+    monkeypatch.setattr(export, "synthetic", None)
+    load = np.load
 
+    def counted(path, **options):
+        opened.append(Path(path).parents[1].name)
+        return load(path, **options)
 
-@pytest.mark.parametrize("to", ["folder", "npz", "parquet", "generator"])
-def test_the_card(taken, finished, to):
-    text = (taken[to] / "README.md").read_text(encoding="utf-8")
-    _, header, body = text.split("---\n", 2)
-    assert yaml.safe_load(header)["license"] == "other"
-    point = finished.course.point("after 4")
-    assert f"| inference steps (IS) | {point['IS']} |" in body and f"{point['UGS']:.4f}"[:5] in body
-    row = finished.rows["after 4"] if to == "generator" else finished.scaling["x2"]
-    assert f"{100 * np.mean(row['test']):.1f} ±" in body
-    for word in ("2405.02698", "CC BY 4.0", "Apache-2.0", "## Limits", "Made from 100 real"):
-        assert word in body
-    if to != "generator":
-        assert "| train | 200 |" in body and "| test | 449 |" in body
-
-
-@pytest.mark.parametrize("to", ["folder", "npz", "parquet", "generator"])
-def test_the_lines_of_a_card_work_as_they_stand(taken, to, tmp_path):
-    (program,) = re.findall(r"```python\n(.+?)```", (taken[to] / "README.md").read_text(encoding="utf-8"), re.S)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", program], cwd=taken[to].parent, check=True, env=environment)
+    monkeypatch.setattr(np, "load", counted)
+    export.export(ws, prompts(ws), "npz", tmp_path / "out")
+    assert opened == ["block_01", "block_02", "block_03"]
 
 
 # --- what is asked for ---
 
 
-def test_without_real_images_and_fewer_blocks(finished, synthetic, tmp_path):
-    out = export.export(finished.course, "npz", tmp_path / "out", multiple=1, real=False)
-    with np.load(out / "digits-100.npz", allow_pickle=False) as file:
+def test_without_real_images_and_fewer_blocks(course, expected, tmp_path):
+    out = export.export(course.workspace, course.source(), "npz", tmp_path / "out", multiple=1, real=False)
+    with npz_of(out) as file:
         assert set(file.files) == {"train_images", "train_labels", "class_names"}
-        assert torch.equal(torch.from_numpy(file["train_images"]).permute(0, 3, 1, 2), synthetic.images[:100])
+    assert same(train_of(out), expected["train"].take(range(6)))
     assert "No real image is in it." in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("multiple", [0, 3])
-def test_more_than_there_is(finished, tmp_path, multiple):
-    with pytest.raises(FileNotFoundError, match=rf"x1 \.\. x2 .* not x{multiple}: run chapter 07"):
-        export.export(finished.course, "npz", tmp_path / "out", multiple=multiple)
+@pytest.mark.parametrize(
+    ("multiple", "error", "words"),
+    [(3, FileNotFoundError, r"x1 \.\. x2 of this .* not x3: run chapter 07 with max_multiple=3"),
+     (0, ValueError, "1 or more times"), (-1, ValueError, "1 or more times")],
+)  # fmt: skip
+def test_more_than_there_is(course, tmp_path, multiple, error, words):
+    with pytest.raises(error, match=words):
+        export.export(course.workspace, course.source(), "npz", tmp_path / "out", multiple=multiple)
     assert list(tmp_path.iterdir()) == []  # nor anything half made
 
 
-def test_what_is_there_is_not_replaced(finished, tmp_path):
+def test_what_is_there_is_not_replaced(course, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="already there"):
-        export.export(finished.course, "npz", tmp_path)
+        export.export(course.workspace, course.source(), "npz", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_an_unfinished_run(micro, tmp_path):
-    from sdgen_lib.course import Course
+def test_files_beside_it_are_left_alone(course, tmp_path):
+    """Somebody's own manifest.json is theirs, and so is a generator.json that is none of ours."""
+    for name in ("manifest.json", "generator.json"):
+        (tmp_path / name).write_text('{"files": ["mine"], broken')
+    out = export.export(course.workspace, course.source(), "generator", tmp_path / "out")
+    generator.load(out, "cpu", "fp32")
+    with pytest.raises(ValueError, match="no JSON object"):
+        generator.load(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"manifest.json", "generator.json", "out"}
+    assert (tmp_path / "manifest.json").read_text() == '{"files": ["mine"], broken'
 
-    course = Course(micro(tmp_path / "runs"))
-    with pytest.raises(FileNotFoundError, match="no finished 1_transfer: run chapter 02"):
-        export.export(course, "generator", tmp_path / "out")
+
+def test_an_unfinished_run(small, tmp_path):
+    course = small(tmp_path / "runs")
+    for to in ("generator", "npz"):
+        with pytest.raises(FileNotFoundError, match="no finished 1_transfer for these settings: run chapter 02 first"):
+            export.export(course.workspace, course.source(), to, tmp_path / "out")
     with pytest.raises(ValueError, match="Unknown format 'zip'.*Allowed: folder, generator, npz, parquet"):
-        export.export(course, "zip", tmp_path / "out")
+        export.export(course.workspace, course.source(), "zip", tmp_path / "out")
 
 
-def test_command_line(finished, tmp_path, capsys):
-    export.main([str(finished.course.run.path), "--to", "parquet", str(tmp_path / "out"), "--multiple", "1"])
-    assert str(tmp_path / "out") in capsys.readouterr().out
-    assert (tmp_path / "out/data/train-00000-of-00001.parquet").is_file()
-    with pytest.raises(SystemExit, match="already there"):
-        export.main([str(finished.course.run.path), "--to", "npz", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="no manifest.json"):
-        export.main([str(tmp_path), "--to", "npz", str(tmp_path / "two")])
+def test_a_damaged_block_is_not_taken(moved, tmp_path):
+    run, dataset = moved
+    path = next(run.glob("5_datasets/block_02/*/images.npz"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(SystemExit, match="block_02.*images.npz is damaged: run chapter 07"):
+        take(run, "npz", tmp_path / "out", "--dataset", str(dataset))
+    assert not (tmp_path / "out").exists()
 
 
-def test_course_of_a_folder_that_is_not_its_own(finished, tmp_path):
-    path = finished.course.run.path
-    assert dataclasses.replace(course_of(path).settings, runs_dir=None) == dataclasses.replace(
-        finished.course.settings, runs_dir=None
+# --- from a run folder alone ---
+
+
+def take(run, to, out, *more):
+    export.main([str(run), "--to", to, str(out), *more])
+    return out
+
+
+def test_command_line(course, expected, tmp_path, capsys):
+    run = course.run.path
+    out = take(run, "npz", tmp_path / "out")
+    assert str(out) in capsys.readouterr().out
+    assert same(train_of(out), expected["train"])
+    assert same(train_of(take(run, "npz", tmp_path / "one", "--multiple", "1")), expected["train"].take(range(6)))
+    loaded = generator.load(take(run, "generator", tmp_path / "two", "--row", "after 2"), "cpu", "fp32")
+    assert torch.equal(loaded(LABELS), course.draw(course.point("after 2"), LABELS, "generator"))
+    for wrong, words in (
+        ([str(run), "--to", "npz", str(out)], "already there"),
+        ([str(tmp_path), "--to", "npz", str(tmp_path / "new")], "is no run folder"),
+        ([str(run.parent), "--to", "npz", str(tmp_path / "new")], "is no run folder"),
+        ([str(run), "--to", "npz"], "--to folder"),
+        ([str(run), str(tmp_path / "new")], "--to folder"),
+    ):
+        with pytest.raises(SystemExit, match=words) as error:
+            export.main(wrong)
+        assert "\n" not in str(error.value)
+
+
+def test_a_setting_changed_after_the_run_changes_nothing_that_is_said(small, course, taken, moved, tmp_path):
+    """Somebody asks for other settings in the same folder, and does not get far."""
+    run, dataset = moved
+    changed = {"transfer_epochs": 1, "n_trials": 7, "unconditional": "class_mean", "select_on": "test"}
+    later = small(run.parents[1], dataset=str(dataset), **changed)
+    later.run.path = later.workspace.run.path = run
+    later.transfer()
+    with pytest.raises(FileNotFoundError, match="no finished 2_tune for these settings: run chapter 03"):
+        export.export(later.workspace, later.source(), "generator", tmp_path / "new")
+    for to in ("generator", "npz"):
+        out = take(run, to, tmp_path / to, "--dataset", str(dataset))
+        assert (out / "README.md").read_text() == (taken[to] / "README.md").read_text()
+    assert (tmp_path / "generator/generator.json").read_bytes() == (taken["generator"] / "generator.json").read_bytes()
+
+
+def test_a_run_with_several_results(small, tmp_path, capsys):
+    first = small(tmp_path / "runs", transfer_epochs=1)
+    second = small(tmp_path / "runs", transfer_epochs=1, n_trials=3)
+    sets = [course.synthetic(1) for course in (first, second)]
+    run = first.run.path
+    older, newer = choices(run, "npz", "after 4")
+    assert (older.settings["n_trials"], newer.settings["n_trials"]) == (4, 3)
+    assert same(train_of(take(run, "npz", tmp_path / "newest")), sets[1])
+    out = take(run, "npz", tmp_path / "older", "--result", older.base.fingerprint[:8])
+    assert same(train_of(out), sets[0]) and "| changed: n_trials | 4 |" in (out / "README.md").read_text()
+    capsys.readouterr()
+    export.main([str(run), "--list"])
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == [
+        "generated", older.base.fingerprint[:12], newer.base.fingerprint[:12],
+        "generators,", *(r.fingerprint[:12] for r in results(run, "4_retune")),
+    ]  # fmt: skip
+    assert "transfer_epochs=1" in listed[1] and "n_trials=4" in listed[1] and "n_trials=3" in listed[2]
+    for wrong, count in (("", 2), ("x", 0)):
+        with pytest.raises(SystemExit, match=f"^{count} of these") as error:
+            take(run, "npz", tmp_path / "none", "--result", wrong)
+        assert [line.strip() for line in listed[1:3]] == str(error.value).splitlines()[1:]
+
+
+def test_sets_put_together_in_two_ways(small, course, moved, tmp_path):
+    """The same blocks lie under nested sets and under random parts; the newest row of the table tells which."""
+    run, dataset = moved
+    nested = course.synthetic(2)
+    later = small(run.parents[1], dataset=str(dataset), larger_sets="random")
+    later.workspace.run.path = run
+    later.scaling()
+    random = later.synthetic(2)
+    assert not same(nested, random) and same_set(nested, random)
+    where = ("--dataset", str(dataset))
+    older, newer = choices(run, "npz", "after 4")
+    assert same(train_of(take(run, "npz", tmp_path / "random", *where)), random)
+    assert same(train_of(take(run, "npz", tmp_path / "apart", *where, "--multiple", "1")), later.synthetic(1))
+    out = take(run, "npz", tmp_path / "nested", *where, "--result", older.newest.fingerprint)
+    assert same(train_of(out), nested)
+    said = {name: (tmp_path / name / "README.md").read_text() for name in ("random", "nested")}
+    assert "| changed: larger_sets | random |" in said["random"] and "larger_sets" not in said["nested"]
+
+
+@pytest.mark.parametrize("image_size", [None, 12])
+def test_the_settings_are_those_of_the_run(small, tmp_path, image_size):
+    """ "after 1", whose point is a setting of its own; a size of images that is no step's setting."""
+    asked = dict(default_steps=3, default_guidance=0.5, class_mix="balanced", seed=5, sampler="dpm-solver++")
+    course = small(tmp_path / "runs", image_size=image_size, recipe="workshop", **asked)
+    course.cas("after 1")
+    ws = workspace_of(course.run.path, "generator", "after 1")
+    read = {name: getattr(ws.settings, name) for name in asked}
+    assert read == asked | {"class_mix": "real"}  # no set was made: the recipe's
+    assert (ws.data.fingerprint, ws.data.slug) == (course.data.fingerprint, course.data.slug)
+    assert ws.settings.image_size in (image_size, None)
+    loaded = generator.load(take(course.run.path, "generator", tmp_path / "out", "--row", "after 1"), "cpu", "fp32")
+    assert (loaded.num_inference_steps, loaded.guidance_scale, loaded.sampler) == (3, 0.5, "dpm-solver++")
+    assert torch.equal(loaded(LABELS), course.draw(course.point("after 1"), LABELS, "generator"))
+
+
+def test_a_dataset_that_was_moved(course, moved, taken, tmp_path):
+    run, dataset = moved
+    assert course.settings.dataset != str(dataset)
+    rewrite(run, "5_datasets/*", lambda record: record["run"].update(dataset=str(tmp_path / "gone.npz")))
+    with pytest.raises(SystemExit, match="gone.npz' cannot be read here: say where it is now with --dataset PATH") as e:
+        take(run, "npz", tmp_path / "out")
+    assert "\n" not in str(e.value)
+    out = take(run, "npz", tmp_path / "out", "--dataset", str(dataset))
+    for name in ("README.md", next(taken["npz"].glob("*.npz")).name):
+        if name.endswith(".md"):
+            assert (out / name).read_text() == (taken["npz"] / name).read_text().replace("./npz/", "./out/")
+        else:
+            assert same(train_of(out), train_of(taken["npz"]))
+    assert sorted(path.name for path in run.parents[1].iterdir()) == [run.parent.name]  # no second run folder
+    other = small_run.write_dataset(tmp_path / "other.npz", seed=1)
+    with pytest.raises(SystemExit, match="does not hold what this result was made from.*--dataset") as error:
+        take(run, "npz", tmp_path / "new", "--dataset", str(other))
+    assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="No file or folder at .*nowhere.npz"):
+        take(run, "npz", tmp_path / "new", "--dataset", str(tmp_path / "nowhere.npz"))
+
+
+def test_the_number_of_images_kept_is_that_of_the_run(course, moved):
+    """A run of digits:6 and the like: the place is given, the number is on record."""
+    run, dataset = moved
+    rewrite(run, "5_datasets/*", lambda record: record["run"].update(dataset="gone.npz:6"))
+    assert workspace_of(run, dataset=str(dataset)).settings.dataset == f"{dataset}:6"
+
+
+def test_a_set_is_taken_without_the_model(moved, taken, tmp_path):
+    run, dataset = moved
+    (gone, other) = tmp_path / "gone", shutil.copytree(weights.TINY, tmp_path / "other")
+    for name in ("5_datasets/*", "4_retune"):
+        rewrite(run, name, lambda record: record["run"].update(backbone=str(gone)))
+    where = ("--dataset", str(dataset))
+    assert same(train_of(take(run, "npz", tmp_path / "out", *where)), train_of(taken["npz"]))
+    with pytest.raises(SystemExit, match="No folder .*gone.*--backbone PATH"):
+        take(run, "generator", tmp_path / "new", *where)
+    (other / "scheduler/scheduler_config.json").write_text(
+        (other / "scheduler/scheduler_config.json").read_text() + "\n"
     )
-    moved = tmp_path / "elsewhere" / path.name
-    moved.mkdir(parents=True)
-    (moved / "manifest.json").write_text(json.dumps(finished.course.run.manifest))
-    with pytest.raises(ValueError, match="belong in digits-100/tiny-demo-seed0"):
-        course_of(moved)
+    with pytest.raises(SystemExit, match="other' is not the one that this result was made with"):
+        take(run, "generator", tmp_path / "new", *where, "--backbone", str(other))
+    moved_model = shutil.copytree(weights.TINY, tmp_path / "moved")
+    loaded = generator.load(
+        take(run, "generator", tmp_path / "new", *where, "--backbone", str(moved_model)), "cpu", "fp32"
+    )
+    assert torch.equal(loaded(LABELS), generator.load(taken["generator"], "cpu", "fp32")(LABELS))
+
+
+def test_a_run_of_the_older_layout(tmp_path):
+    run = tmp_path / "runs/digits/tiny-demo-seed0"
+    run.mkdir(parents=True)
+    (run / "manifest.json").write_text('{"steps": {"1_transfer": {}}, "settings": {}}')
+    with pytest.raises(SystemExit, match="older version of sdgen") as error:
+        take(run, "npz", tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["run"].update(recipe="../x"), "Unknown recipe"),
+        (lambda r: r["run"].update(recipe=["demo"]), "Unknown recipe"),
+        (lambda r: r["run"].update(seed="0"), "seed must be a whole number"),
+        (lambda r: r["run"].update(backbone="no such"), "not made by this version|Unknown backbone"),
+        (lambda r: r["run"].pop("dataset"), "is not what this version of sdgen writes"),
+        (lambda r: r["run"].update(dataset=["x"]), "is not what this version of sdgen writes"),
+        (lambda r: r.update(run=None), "is not what this version of sdgen writes"),
+        (lambda r: r.update(settings=[]), "is not what this version of sdgen writes"),
+        (lambda r: r.pop("needs"), "is not what this version of sdgen writes"),
+        (lambda r: r["settings"].update(sampler="rm -rf"), "Unknown value for sampler"),
+        (lambda r: r["settings"].update(n_trials=10**12), "n_trials must be"),
+        (lambda r: r["settings"].update(n_trials=None), "n_trials must be"),
+        (lambda r: r["settings"].update(n_trials=5), "was not made by this version of the paper's method"),
+        (lambda r: r.update(fingerprint=64 * "0"), "was not made by this version of the paper's method"),
+    ],
+)
+def test_a_strangers_records_are_checked(moved, tmp_path, change, words):
+    """As a notebook's parameters are; nothing is said of a result that its own records do not lead to."""
+    run, dataset = moved
+    rewrite(run, "4_retune", change)
+    with pytest.raises(SystemExit, match=words) as error:
+        take(run, "generator", tmp_path / "out", "--dataset", str(dataset))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_strangers_settings_of_how_are_not_taken(moved):
+    run, dataset = moved
+    change = {
+        "storage": "sqlite:///mine.db",
+        "runs_dir": "/tmp/x",
+        "dataset": "/etc",
+        "seed": 1,
+        "sample_batch_size": 1,
+    }
+    rewrite(run, "1_transfer", lambda record: record["settings"].update(change))
+    settings = workspace_of(run, dataset=str(dataset)).settings
+    assert (settings.storage, settings.dataset, settings.seed) == (None, str(dataset), 0)
+    assert settings.runs_dir == str(run.parents[1]) and settings.sample_batch_size == resolve("demo").sample_batch_size
+
+
+def test_what_another_method_made_is_not_taken_for_the_papers(small, prompts, tmp_path):
+    ws = small(tmp_path / "runs").workspace
+    synthetic(ws, prompts(ws), 1)
+    assert choices(ws.run.path, "npz", "after 4") == []
+    with pytest.raises(SystemExit, match="no finished 1_transfer: run chapter 02 first"):
+        take(ws.run.path, "npz", tmp_path / "out")
+
+
+def test_blocks_without_their_training_can_be_taken(course, moved, tmp_path):
+    """Who needs room deletes the UNets; the sets that they drew stay what they are."""
+    run, dataset = moved
+    block = block_step(course.workspace, course.source(), 1)
+    shutil.rmtree(run / "3_finetune")
+    ws = Workspace(course.settings)
+    ws.run.path = run
+    assert ws.run.peek(block)
+    out = export.export(ws, course.source(), "npz", tmp_path / "out")
+    assert same(train_of(out), course.synthetic(2))
+    with pytest.raises(FileNotFoundError, match="no finished 3_finetune"):
+        export.export(ws, course.source(), "generator", tmp_path / "new")
+
+
+# --- names ---
 
 
 @pytest.mark.parametrize(
@@ -266,9 +523,8 @@ def test_folder_names(names, expected):
     assert found == expected == sorted(found)
 
 
-def test_whole_folder_leaves_nothing_after_an_error(tmp_path):
-    with pytest.raises(RuntimeError):
-        with runs.whole_folder(tmp_path / "out") as folder:
-            (folder / "half").write_text("x")
-            raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("to", ["folder", "npz", "parquet", "generator"])
+def test_the_lines_of_a_card_work_as_they_stand(taken, to, tmp_path):
+    (program,) = re.findall(r"```python\n(.+?)```", (taken[to] / "README.md").read_text(encoding="utf-8"), re.S)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], cwd=taken[to].parent, check=True, env=environment)

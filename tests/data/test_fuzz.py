@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 from PIL import Image
 
-from sdgen_lib import data_files
+from sdgen_lib.data import readers
 
 bounded = settings(
-    max_examples=150, deadline=None, database=None, derandomize=True,
+    max_examples=150,
+    deadline=None,
+    database=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 
 
 def outcome(read, path: Path):
@@ -65,7 +68,7 @@ def test_an_npz_with_changed_bytes(tmp_path, cut, edits):
         content[at % len(content)] = value
     path = tmp_path / "mine.npz"
     path.write_bytes(content[: edits[0][0] % len(content)] if cut else content)
-    if (found := outcome(data_files.read_npz, path)) is not None:
+    if (found := outcome(readers.read_npz, path)) is not None:
         check_parts(found)
         images, labels = found[2]["train"]  # the archive's CRC: what got through is what was written
         assert images.shape == (4, 8, 8) and labels.tolist() == [0, 1, 0, 1]
@@ -78,7 +81,7 @@ def test_an_npz_of_any_members(tmp_path, headers, magic):
     with zipfile.ZipFile(path, "w") as archive:
         for key, content in zip(("train_images", "train_labels", "test_images", "test_labels"), headers):
             archive.writestr(f"{key}.npy", (b"\x93NUMPY\x01\x00" if magic else b"") + content)
-    assert outcome(data_files.read_npz, path) is None
+    assert outcome(readers.read_npz, path) is None
 
 
 any_array = np_st.arrays(
@@ -93,7 +96,7 @@ def test_an_npz_of_any_arrays(tmp_path, images, labels, names):
     path = tmp_path / "mine.npz"
     arrays = dict(train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     np.savez(path, **arrays, **({} if names is None else {"class_names": names}))
-    found = outcome(data_files.read_npz, path)
+    found = outcome(readers.read_npz, path)
     if found is not None:
         check_parts(found)
         assert np.array_equal(found[2]["train"][0], images) and np.array_equal(found[2]["test"][1], labels)
@@ -102,15 +105,17 @@ def test_an_npz_of_any_arrays(tmp_path, images, labels, names):
 @bounded
 @given(
     images=np_st.arrays(np.uint8, st.tuples(st.integers(1, 5), st.just(3), st.just(3))),
-    classes=st.integers(1, 4), order=st.sampled_from("CF"), kind=st.sampled_from(["u1", "<i8", ">i4", "i2"]),
-)  # fmt: skip
+    classes=st.integers(1, 4),
+    order=st.sampled_from("CF"),
+    kind=st.sampled_from(["u1", "<i8", ">i4", "i2"]),
+)
 def test_every_right_npz_is_read_as_numpy_reads_it(tmp_path, images, classes, order, kind):
     path = tmp_path / "mine.npz"
     labels = (np.arange(len(images)) % min(classes, len(images))).astype(kind)
     np.savez(
         path, train_images=np.asarray(images, order=order), train_labels=labels, test_images=images, test_labels=labels
     )
-    _, class_names, parts = data_files.read_npz(path)
+    _, class_names, parts = readers.read_npz(path)
     with np.load(path, allow_pickle=False) as file:
         for part in ("train", "test"):
             assert np.array_equal(parts[part][0], file[f"{part}_images"])
@@ -130,9 +135,11 @@ IMAGES = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP", 
 
 @bounded
 @given(
-    kind=st.sampled_from(sorted(IMAGES)), edits=edits, cut=st.none() | st.integers(0, 10**4),
+    kind=st.sampled_from(sorted(IMAGES)),
+    edits=edits,
+    cut=st.none() | st.integers(0, 10**4),
     name=st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=20).filter(lambda n: n[0] != "."),
-)  # fmt: skip
+)
 def test_a_folder_with_changed_images_under_any_name(tmp_path, kind, edits, cut, name):
     content = bytearray(IMAGES[kind])
     for at, value in edits:
@@ -147,7 +154,7 @@ def test_a_folder_with_changed_images_under_any_name(tmp_path, kind, edits, cut,
         (folder / name).write_bytes(content)
     except (OSError, UnicodeEncodeError):
         return  # no name for a file here
-    found = outcome(lambda path: data_files.read_folder(path, 8), root)
+    found = outcome(lambda path: readers.read_folder(path, 8), root)
     if found is not None:
         check_parts(found, side=8)
         assert found[2]["all"][0].shape == (1, 8, 8, 3)
@@ -165,7 +172,7 @@ def test_class_folders_of_any_name(tmp_path, name):
         (root / name / "1.png").write_bytes(IMAGES["PNG"])
     except (OSError, ValueError):
         return
-    found = outcome(lambda path: data_files.read_folder(path, 8), root)
+    found = outcome(lambda path: readers.read_folder(path, 8), root)
     if found is not None:
         check_parts(found, side=8)
         assert found[1] == (name,)
