@@ -284,12 +284,23 @@ def killed(
     return story
 
 
-def together(folder: Path, attempt: Callable[..., Callable[[], None]], processes: int = 3) -> int:
-    """That many processes do the whole run in one new folder at the same time; it must be as if one had."""
+def together(
+    folder: Path, attempt: Callable[..., Callable[[], None]], seconds: float, chance: random.Random, processes: int = 3
+) -> int:
+    """That many processes do the whole run in one new folder at the same time; it must be as if one had.
+
+    Each is killed once, at a random moment of the ``seconds`` that one alone takes, and another begins in its place.
+    """
     expected = state_of(run_folder(folder))
     shutil.rmtree(folder / "runs")
+
+    def one(moment: float) -> int:
+        ended, *_ = in_a_process(attempt(*STEPS), kill_after_s=moment)
+        assert ended in (0, -signal.SIGKILL)
+        return in_a_process(attempt(*STEPS))[0]
+
     with ThreadPoolExecutor(processes) as pool:  # threads that only wait: each for a process that it forks
-        ended = list(pool.map(lambda _: in_a_process(attempt(*STEPS))[0], range(processes)))
+        ended = list(pool.map(one, [chance.uniform(0, seconds) for _ in range(processes)]))
     assert ended == [0] * processes, f"{processes} processes on one folder ended with {ended}"
     assert not (wrong := differences(state_of(run_folder(folder)), expected)), f"together they left other {wrong}"
     return processes
@@ -392,8 +403,9 @@ def soak(folder: Path, kills: int, seed: int, report: Callable[[str], None] = pr
             assert not wrong, f"after {story} {step} left other {', '.join(wrong)}; see {runs_dir}"
             count[step] += len(story)
     report(f"{sum(count.values())} kills: the same")
-    count["together"] = together(folder, attempt)
-    report(f"{count['together']} processes at the same time: the same")
+    alone = sum(seconds for _, seconds in length.values())
+    count["together"] = together(folder, attempt, alone, chance)
+    report(f"{count['together']} processes at the same time, each killed once: the same")
     read_only(folder, attempt)
     report("where nothing can be written: read as ever")
     count["damaged"] = damage(folder, attempt, report)

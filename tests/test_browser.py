@@ -39,12 +39,8 @@ STATE = """() => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def lab(finished, tmp_path_factory):
-    """The address of a JupyterLab over copies of the chapters, set to a copy of the micro run."""
-    base = tmp_path_factory.mktemp("lab")
-    shutil.copytree(finished.runs_dir, base / "runs")
-    parameters = {**MICRO, "runs_dir": str(base / "runs")}
+def prepare(base, parameters) -> None:
+    """Copies of the chapters without outputs, set to ``parameters``, and JupyterLab's settings."""
     (base / "notebooks").mkdir()
     for path in NOTEBOOKS:
         copy = base / "notebooks" / path.name
@@ -59,22 +55,38 @@ def lab(finished, tmp_path_factory):
         file = base / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
+
+
+def start(base, port: int, token: str) -> subprocess.Popen:
+    """A JupyterLab that keeps everything of its own in ``base``."""
+    options = ["--no-browser", "--allow-root", "--expose-app-in-browser", f"--port={port}"]
+    options += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={base / 'notebooks'}"]
+    command = [sys.executable, "-m", "jupyterlab", *options, f"--IdentityProvider.token={token}"]
+    folders = {
+        "JUPYTER_CONFIG_DIR": base / "config",
+        "JUPYTER_DATA_DIR": base / "data",
+        "JUPYTER_RUNTIME_DIR": base / "run",
+        "JUPYTERLAB_SETTINGS_DIR": base / "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": base / "workspaces",
+        "IPYTHONDIR": base / "ipython",
+        "PYTHONPATH": ROOT,
+    }
+    environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", **{k: str(v) for k, v in folders.items()}}
+    with open(base / "log", "w") as log:
+        return subprocess.Popen(command, cwd=base, env=environment, stdout=log, stderr=log)
+
+
+@pytest.fixture(scope="module")
+def lab(finished, tmp_path_factory):
+    """The address of a JupyterLab over copies of the chapters, set to a copy of the micro run."""
+    base = tmp_path_factory.mktemp("lab")
+    shutil.copytree(finished.runs_dir, base / "runs")
+    prepare(base, {**MICRO, "runs_dir": str(base / "runs")})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", f"--port={port}",
-        "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={base / 'notebooks'}",
-    ]  # fmt: skip
-    folders = {
-        "JUPYTER_CONFIG_DIR": base / "config", "JUPYTER_DATA_DIR": base / "data", "JUPYTER_RUNTIME_DIR": base / "run",
-        "JUPYTERLAB_SETTINGS_DIR": base / "settings", "JUPYTERLAB_WORKSPACES_DIR": base / "workspaces",
-        "IPYTHONDIR": base / "ipython", "PYTHONPATH": ROOT,
-    }  # fmt: skip
-    environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", **{k: str(v) for k, v in folders.items()}}
-    with open(base / "log", "w") as log:
-        server = subprocess.Popen(command, cwd=base, env=environment, stdout=log, stderr=log)
+    server = start(base, port, token)
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 240
@@ -146,7 +158,7 @@ def pixels(image) -> list[int]:
 
 def guidance_slider(page):
     """Chapter 03: a moved slider draws other pictures; moved back, the first ones again."""
-    explorer = cell(page, "explore.guidance(")
+    explorer = cell(page, "explore.GuidanceExplorer(")
     slider = explorer.locator(".widget-slider").filter(has_text="UGS")
     image, words = explorer.locator(".widget-image"), explorer.locator(".widget-html").last
     before, said = pixels(image), slider.locator(".widget-readout").inner_text()
@@ -175,7 +187,7 @@ def search_click(page):
 
 def denoising_slider(page):
     """Chapter 01: another step, another picture."""
-    explorer = cell(page, "explore.denoising(")
+    explorer = cell(page, "explore.DenoisingExplorer(")
     image = explorer.locator(".widget-image")
     before, source = pixels(image), image.get_attribute("src")
     explorer.locator(".noUi-handle").focus()

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import MICRO
 
-from sdgen_lib.settings import SHARED, Settings
+from sdgen_lib.config.settings import FIELDS, SHARED
 from tests import pictures
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[0-7]_*.ipynb"))
-MICRO = dict(
-    dataset="digits:100", transfer_epochs=2, n_trials=4, num_images=40, classifier_epochs=3, classifier_seeds=2,
-    max_multiple=2, default_steps=5, steps_max=6, finetune_epochs=2,
-)  # fmt: skip
 
 
 def papermill(notebook: str, output: Path, cwd: Path, **parameters) -> subprocess.CompletedProcess:
@@ -45,7 +42,7 @@ def test_contract(path):
     assert len(tagged) == 1
     names = re.findall(r"^(\w+) = ", tagged[0].source, re.M)
     assert tuple(names[:5]) == SHARED
-    assert set(names) <= set(Settings.__dataclass_fields__)
+    assert set(names) <= set(FIELDS) - {"given"}
     values = {}
     exec(tagged[0].source, values)  # literal defaults, and None for the recipe's value
     assert [values[n] for n in SHARED] == ["digits", "auto", "auto", 0, None]
@@ -64,8 +61,8 @@ def test_contract(path):
 
 
 def test_links_between_the_texts_lead_somewhere():
-    texts = {path: "".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
-             for path in NOTEBOOKS}  # fmt: skip
+    cells = {path: nbformat.read(path, 4).cells for path in NOTEBOOKS}
+    texts = {path: "".join(c.source for c in cells[path] if c.cell_type == "markdown") for path in NOTEBOOKS}
     texts |= {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "notebooks/glossary.md")}
     links = [(path, link) for path, text in texts.items() for link in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
     assert sum(link == "glossary.md" for _, link in links) == len(NOTEBOOKS)
@@ -114,8 +111,8 @@ def test_stored_outputs_come_from_one_clean_run(path):
 def test_a_wrong_parameter_stops_the_notebook(tmp_path, parameters, words):
     result = papermill("03_tune.ipynb", tmp_path / "out.ipynb", tmp_path, runs_dir=tmp_path / "runs", **parameters)
     assert result.returncode != 0
-    errors = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", [])
-              if o.output_type == "error"]  # fmt: skip
+    outputs = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", [])]
+    errors = [o for o in outputs if o.output_type == "error"]
     assert [o.ename for o in errors] == ["ValueError"]
     assert all(word in errors[0].evalue for word in words)
 

@@ -453,6 +453,11 @@ def _check_together(settings: Settings) -> None:
     """Raises ValueError for values that are right one by one, and not together."""
     if settings.steps_min > settings.steps_max:
         raise ValueError(f"steps_min ({settings.steps_min}) must not exceed steps_max ({settings.steps_max}).")
+    if settings.storage and "://" not in settings.storage:
+        raise ValueError(
+            f"storage {shown(settings.storage)} is no Optuna URL (a journal file is for a search of one process): give "
+            "sqlite:///search.db, postgresql://user@host/name or grpc://host:13000, or leave storage out."
+        )
     empty_prompt = "empty_prompt" in (settings.class_encoder_start, settings.unconditional)
     if empty_prompt and (settings.class_encoder_rank or settings.class_encoder_tokens):
         raise ValueError(

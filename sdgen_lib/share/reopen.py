@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import data
 from ..config.messages import shown
+from ..config.recipes import RECIPES
 from ..config.settings import Settings, fields_read_by, resolve
 from ..data import ImageData
 from ..data.named import names
@@ -23,16 +24,15 @@ from ..data.sources import IMAGE_SIZES, checkout
 from ..diffusion import backbone as backbones
 from ..diffusion import weights
 from ..evaluate.sets import APART, block_step
-from ..machine.ranks import ALONE
 from ..methods.class_encoder import ROWS, SAMPLING, ClassEncoderMethod
-from ..store.run import DIGITS, RECORD, Result, Run, digest, is_of_older_version, results, settings_used, upstream
+from ..store.run import DIGITS, RECORD, Result, digest, is_of_older_version, results, settings_used, upstream
 from ..work.workspace import Workspace
-from .origin import changed, made_at
+from .origin import PUT_TOGETHER, changed, made_at
 
 CHAPTERS = {"1_transfer": "02", "2_tune": "03", "3_finetune": "05", "4_retune": "06", "5_datasets": "07"}
 STEPS = tuple(CHAPTERS)[:4]
 BLOCK = re.compile(r"5_datasets/block_(\d+)")
-HOW = fields_read_by("how")
+NOT_OF_A_STEP = fields_read_by("how", "data", "model")  # what no record's settings need hold
 DRAWING = fields_read_by(*SAMPLING, "default_point")
 
 
@@ -41,32 +41,34 @@ class Choice:
     """Something that a run folder has to give: a synthetic set or a generator, and how it was made.
 
     ``base``: a block of the set, or the last of the generator's steps. ``settings``: those really used.
-    ``results``: all results that were made of it or with it, oldest first.
+    ``results``: all results that were made of it or with it, oldest first. ``line``: what tells it from the others.
     """
 
     base: Result
     settings: Mapping[str, Any]
     results: tuple[Result, ...]
+    line: str
 
     @property
     def newest(self) -> Result:
         return self.results[-1]
 
-    @property
-    def line(self) -> str:
-        """One line that tells it from the others."""
-        recipe = self.base.record["run"]["recipe"]
-        unlike = ", ".join(f"{name}={value!r}" for name, value in changed(self.settings, recipe).items())
-        newest = self.newest
-        return f"{newest.fingerprint[:DIGITS]}  {newest.record['finished']}  {newest.name}  {unlike or 'as the recipe'}"
+
+def _choice(base: Result, settings: Mapping[str, Any], found: Sequence[Result]) -> Choice:
+    in_order = tuple(sorted(found, key=made_at))
+    unlike = changed(settings, base.record["run"]["recipe"])
+    texts = ", ".join(f"{name}={value!r}" for name, value in unlike.items()) or "as the recipe"
+    newest = in_order[-1]
+    line = f"{newest.fingerprint[:DIGITS]}  {newest.record['finished']}  {newest.name}  {texts}"
+    return Choice(base, settings, in_order, "".join(c if c.isprintable() else "?" for c in line))
 
 
 class Reopened(Workspace):
     """A workspace whose data and backbone must be those that a result on record was made with."""
 
     def __init__(self, settings: Settings, real: ImageData, run_folder: Path, model: str | None):
-        self.settings, self.ranks, self.data, self._model = settings, ALONE, real, model
-        self.run = Run(settings, run_folder, self._roots(), self._announcement)
+        self._model = model
+        super().__init__(settings, real=real, path=run_folder)
 
     @functools.cached_property
     def _source_fingerprint(self) -> str:  # as recorded: a set of images can be taken away without the model
@@ -112,14 +114,14 @@ def workspace_of(
         run, roots = choice.base.record["run"], {}
         for part in upstream(path, choice.base).values():
             roots |= part.record["roots"]
-        usual = {"recipe": str(run["recipe"]), "backbone": backbone or run["backbone"], "seed": run["seed"]}
-        resolve(**usual)  # its recipe is one, before it is looked up
-        unlike = changed(choice.settings, usual["recipe"])
-        used = {name: "none" if value is None else value for name, value in unlike.items() if name not in HOW}
-        asked = {**used, **usual, "runs_dir": str(path.parent.parent), "dataset": _place(run["dataset"], dataset)}
-        recorded = (str(run["dataset"]), roots["data"], roots.get("model"))
-    settings, real = _data(path, asked, *recorded[:2], moved=dataset is not None)
-    ws = Reopened(settings, real, path, recorded[2])
+        unlike = changed(choice.settings, str(run["recipe"]))
+        used = {name: "none" if value is None else value for name, value in unlike.items() if name not in NOT_OF_A_STEP}
+        place = _place(run["dataset"], dataset)
+        whose = {"recipe": str(run["recipe"]), "backbone": backbone or run["backbone"], "seed": run["seed"]}
+        asked = {**used, **whose, "runs_dir": str(path.parent.parent), "dataset": place}
+        recorded, fingerprint, model = run["dataset"], roots["data"], roots.get("model")
+    settings, real = _data(path, asked, recorded, fingerprint, moved=dataset is not None)
+    ws = Reopened(settings, real, path, model)
     _check(ws, choice, row)
     return ws
 
@@ -152,8 +154,10 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def choices(run_folder: Path, to: str, row: str) -> list[Choice]:
-    """What a run folder has to give, oldest first: the generators of a row of table 1 where ``to`` is "generator", else
-    the synthetic sets drawn with them."""
+    """What a run folder has to give, oldest first.
+
+    ``to`` "generator": the generators of a ``row`` of table 1; any other format: the synthetic sets drawn with them.
+    """
     if row not in ROWS:
         raise ValueError(f"row must be one of {', '.join(ROWS)}, not {row!r}.")
     needed = set(STEPS[: ROWS.index(row) + 1])
@@ -171,7 +175,7 @@ def _generators(path: Path, row: str, needed: set[str]) -> Iterator[Choice]:
         drawn = {digest(own): own for own in map(_drawing, measured)} or {digest({}): {}}
         for key, own in drawn.items():
             theirs = [r for r in measured if digest(_drawing(r)) == key] + [final] * (len(drawn) == 1)
-            yield Choice(final, settings_used(path, final) | own, tuple(sorted(theirs, key=made_at)))
+            yield _choice(final, settings_used(path, final) | own, theirs)
 
 
 def _drawing(row: Result) -> dict[str, Any]:
@@ -198,19 +202,24 @@ def _sets(path: Path, needed: set[str]) -> Iterator[Choice]:
             ways.setdefault(digest(way), (way, []))[1].append(result)
         base = next(iter(blocks.values()))
         for way, theirs in ways.values():
-            yield Choice(base, settings_used(path, base) | way, tuple(sorted(theirs, key=made_at)))
+            yield _choice(base, settings_used(path, base) | way, theirs)
 
 
 def _put_together(result: Result, blocks: Mapping[int, Result], rows: Sequence[Result]) -> dict[str, Any]:
     """How larger sets are made of the blocks, as the record of a row or block of them tells.
 
-    Only rows of several blocks have it in their settings. Block `APART` is made where sets are random parts alone.
+    Only rows of random parts have it in their settings. For a block it is what block `APART` tells, which is made for
+    random parts alone; where there is none, the recipe's way.
     """
     drawn = result.record["settings"]
     if "max_multiple" in drawn:
-        return {name: drawn[name] for name in ("larger_sets", "max_multiple")}
+        return {name: drawn[name] for name in PUT_TOGETHER}
     apart = blocks[APART].fingerprint if APART in blocks else None
-    if apart is None or (not BLOCK.fullmatch(result.name) and apart not in result.record["needs"].values()):
+    usual = RECIPES.get(result.record["run"]["recipe"], {}).get("larger_sets", Settings.larger_sets)
+    random = apart is not None or usual == "random"
+    if not BLOCK.fullmatch(result.name):
+        random = apart in result.record["needs"].values()
+    if not random:
         return {"larger_sets": "nested"}
     known = [r.record["settings"]["max_multiple"] for r in rows if "max_multiple" in r.record["settings"]]
     return {"larger_sets": "random", "max_multiple": known[-1] if known else max(*blocks, 1)}

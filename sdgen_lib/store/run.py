@@ -1,8 +1,8 @@
 """The results of a run: each is addressed by what it depends on, made once, and reused.
 
-A result lies in ``<runs_dir>/<dataset>/<backbone>-<recipe>-seed<k>/<step>/<fingerprint>/``. Its fingerprint is a hash of
-the step's name and version, of every setting that it reads, of its inputs' fingerprints, and through these of the data's
-content and the backbone's files. With another setting it is another result, beside the first one.
+A result lies in ``<runs_dir>/<dataset>/<backbone>-<recipe>-seed<k>/<step>/<fingerprint>/``. Its fingerprint is a hash
+of the step's name and version, of every setting that it reads, of its inputs' fingerprints, and through these of the
+data's content and the backbone's files. With another setting it is another result, beside the first one.
 """
 
 from __future__ import annotations
@@ -242,6 +242,7 @@ class Run:
                 if path.name != RECORD
             },
         }
+        record = json.loads(json.dumps(record))  # as it will be read: keys are text, tuples lists
         return record | {"sum": digest(record)}
 
     def file(self, step: Step, name: str) -> Path:
@@ -310,10 +311,12 @@ def results(run_folder: Path, name: str = "**") -> list[Result]:
 
 def upstream(run_folder: Path, result: Result) -> dict[str, Result]:
     """``result`` and all the results that it was made from, by their names. One that was deleted is left out."""
-    found = {result.name: result}
-    for name, fingerprint in result.record["needs"].items():
-        if name not in found and (need := read_result(Path(run_folder) / name / fingerprint[:DIGITS])):
-            found = upstream(run_folder, need) | found
+    found, to_see = {result.name: result}, [result]
+    while to_see:
+        for name, fingerprint in to_see.pop().record["needs"].items():
+            if name not in found and (need := read_result(Path(run_folder) / name / fingerprint[:DIGITS])):
+                found[name] = need
+                to_see.append(need)
     return found
 
 

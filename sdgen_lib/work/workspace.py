@@ -44,12 +44,22 @@ class Source:
 
 
 class Workspace:
-    """One run's data, backbone and results; the data is loaded and checked at once, the backbone when first needed."""
+    """One run's data, backbone and results; the data is loaded and checked at once, the backbone when first needed.
 
-    def __init__(self, settings: Settings, ranks: Ranks = ALONE):
+    ``real`` and ``path``: data that is loaded already, and the run's folder, where they are not what the settings name.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        ranks: Ranks = ALONE,
+        real: data.ImageData | None = None,
+        path: Path | None = None,
+    ):
         self.settings, self.ranks = settings, ranks
-        self.data = data.load(settings.dataset, settings.image_size, settings.seed, base_dir=checkout())
-        self.run = Run(settings, run_path(settings, self.data.slug), self._roots(), self._announcement, ranks)
+        self.data = real or data.load(settings.dataset, settings.image_size, settings.seed, base_dir=checkout())
+        path = path or run_path(settings, self.data.slug)
+        self.run = Run(settings, path, self._roots(), self._announcement, ranks)
 
     def planned(self, settings: Settings) -> Workspace:
         """The same data and model with other settings and no result yet: its steps can be counted, and not be made."""

@@ -24,10 +24,36 @@ KINDS = {
     ),
 }
 SCHEDULER = dict(
-    _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-    num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, trained_betas=None,
+    _class_name="PNDMScheduler",
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    num_train_timesteps=1000,
+    set_alpha_to_one=False,
+    skip_prk_steps=True,
+    steps_offset=1,
+    trained_betas=None,
     clip_sample=False,
-)  # fmt: skip
+)
+UNET = dict(
+    sample_size=64, block_out_channels=(32, 64, 64, 64), layers_per_block=2, down_block_types=DOWN, up_block_types=UP
+)
+VAE = dict(
+    block_out_channels=[32] * 4,
+    layers_per_block=2,
+    latent_channels=4,
+    sample_size=512,
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+)
+TEXT = dict(
+    vocab_size=192,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    max_position_embeddings=77,
+    bos_token_id=190,
+    eos_token_id=191,
+)
 
 
 def write_json(path: Path, value) -> None:
@@ -54,29 +80,24 @@ def write(folder: Path, kind: str = "sd2", prediction: str = "epsilon", variant:
     parts, dtype = KINDS[kind], torch.float16 if variant else torch.float32
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=64, block_out_channels=(32, 64, 64, 64), layers_per_block=2, down_block_types=DOWN,
-            up_block_types=UP, **parts["unet"],
-        )  # fmt: skip
-        vae = AutoencoderKL(
-            block_out_channels=[32] * 4, layers_per_block=2, latent_channels=4, sample_size=512,
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        )  # fmt: skip
-        text = CLIPTextModel(
-            CLIPTextConfig(vocab_size=192, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=77,
-                           bos_token_id=190, eos_token_id=191, **parts["text"])
-        )  # fmt: skip
+        unet = UNet2DConditionModel(**UNET, **parts["unet"])
+        vae = AutoencoderKL(**VAE)
+        text = CLIPTextModel(CLIPTextConfig(**TEXT, **parts["text"]))
     for name, part in (("unet", unet), ("vae", vae)):
         part.to(dtype).save_pretrained(folder / name, variant=variant)
     text.to(dtype).save_pretrained(folder / "text_encoder", variant=variant)
     write_tokenizer(folder / "tokenizer", parts["pad"])
     v = {"prediction_type": "v_prediction", "_class_name": "DDIMScheduler"} if prediction == "v_prediction" else {}
     write_json(folder / "scheduler" / "scheduler_config.json", {**SCHEDULER, **v})
-    write_json(folder / "model_index.json", {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.8.0",
+    classes = {
         "scheduler": ["diffusers", v.get("_class_name", "PNDMScheduler")],
-        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-        "safety_checker": [None, None], "feature_extractor": [None, None],
-    })  # fmt: skip
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.8.0", **classes}
+    write_json(folder / "model_index.json", index)
     return folder

@@ -1,15 +1,20 @@
-"""The one training loop: what trains, what it learns, and that a killed training ends as an unbroken one."""
+"""The one training loop: what trains, what it learns, and that one that goes on ends as an unbroken one."""
 
 import copy
+import dataclasses
+import functools
 import math
 import sys
+import threading
 
-import numpy as np
+import flat
 import pytest
 import torch
+from flat import VALUES, FlatModel, SmallCard, flat_contexts, flat_latents
 
-from sdgen_lib import runs, train
-from sdgen_lib.class_encoder import ClassEncoder
+from sdgen_lib.diffusion import backbone
+from sdgen_lib.diffusion.conditions import ContextTable
+from sdgen_lib.diffusion.training import Latents, TrainingState, fit, held_out_losses, optimizer_for
 
 OPTIONS = dict(epochs=3, batch_size=8, learning_rate=1e-3, weight_decay=0.0, clip_norm=10.0, seed=0)
 
@@ -19,23 +24,29 @@ def latents_for(shape, count=20, classes=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     means = torch.linspace(-1, 1, classes)[labels].view(-1, 1, 1, 1)
-    return train.Latents(means + 0.2 * torch.randn(count, *shape, generator=generator), labels)
+    return Latents(means + 0.2 * torch.randn(count, *shape, generator=generator), labels)
 
 
 @pytest.fixture
-def encoder():
-    torch.manual_seed(0)
-    return ClassEncoder(2, 8, 64)
+def contexts():
+    """Of two classes, for the tiny model."""
+    return flat.Contexts(torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)))
 
 
 def named(module):
     return dict(module.named_parameters())
 
 
-def fit_tiny(tiny_copy, encoder, folder, what, **changes):
-    data, held_out = latents_for((4, 8, 8)), latents_for((4, 8, 8), count=6, seed=1)
-    trainable = named({"class encoder": encoder, "unet": tiny_copy.unet}[what])
-    return train.fit(trainable, tiny_copy, encoder, data, held_out, folder, **{**OPTIONS, **changes})
+def train_tiny(model, contexts, what, **changes):
+    trainable = named({"contexts": contexts, "unet": model.unet}[what])
+    return fit(trainable, model, contexts, latents_for((4, 8, 8)), **{**OPTIONS, **changes})
+
+
+def train_flat(model=None, contexts=None, count=30, **changes):
+    """The contexts that three classes' flat images teach, and the losses of the epochs."""
+    contexts = contexts or flat_contexts()
+    epochs = fit(named(contexts), model or FlatModel(), contexts, flat_latents(count), **{**OPTIONS, **changes})
+    return contexts, [epoch.loss for epoch in epochs]
 
 
 def weights(*modules):
@@ -43,230 +54,336 @@ def weights(*modules):
 
 
 def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("what", ["class encoder", "unet"])
-def test_only_what_is_named_trains(tiny_copy, encoder, tmp_path, what):
-    modules = (encoder, tiny_copy.unet, tiny_copy.vae, tiny_copy.text_encoder)
-    encoder.requires_grad_(False)
+@pytest.mark.parametrize("what", ["contexts", "unet"])
+def test_only_what_is_named_trains(tiny_copy, contexts, what):
+    modules = (contexts, tiny_copy.unet, tiny_copy.vae, tiny_copy.text_encoder)
+    contexts.requires_grad_(False)
     before = weights(*modules)
-    history = fit_tiny(tiny_copy, encoder, tmp_path, what, epochs=2)
+    epochs = list(train_tiny(tiny_copy, contexts, what, epochs=2))
     changed = [not same(old, new) for old, new in zip(before, weights(*modules), strict=True)]
-    assert changed == [what == "class encoder", what == "unet", False, False]
+    assert changed == [what == "contexts", what == "unet", False, False]
     for parameter in (p for module in modules for p in module.parameters()):
         assert not parameter.requires_grad and parameter.grad is None  # a large UNet's gradients are gigabytes
-    assert history.index.tolist() == [1, 2] and history.index.name == "epoch"
-    assert list(history) == ["train", "right", "wrong", "empty"] and np.isfinite(history.to_numpy()).all()
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"epoch_001.safetensors", "epoch_002.safetensors", "history.json", "state.safetensors"}
-    saved = runs.load_tensors(train.checkpoint_path(tmp_path, 2))
-    trained = (encoder if what == "class encoder" else tiny_copy.unet).state_dict()
-    assert set(saved) == set(trained)
-    for name, value in trained.items():  # a UNet's checkpoint is in half precision
-        torch.testing.assert_close(saved[name].float(), value, atol=1e-3 if what == "unet" else 0, rtol=1e-3)
-    assert not same(saved, runs.load_tensors(train.checkpoint_path(tmp_path, 1)))
+    assert [epoch.number for epoch in epochs] == [1, 2] and all(math.isfinite(epoch.loss) for epoch in epochs)
 
 
-def test_the_unets_loss_falls(tiny_copy, encoder, tmp_path):
+def test_a_training_that_is_left_early_leaves_everything_frozen(tiny_copy, contexts):
+    training = train_tiny(tiny_copy, contexts, "contexts", gradient_checkpointing=True)
+    next(training)
+    assert contexts.contexts.requires_grad and tiny_copy.unet.is_gradient_checkpointing
+    training.close()
+    assert not contexts.contexts.requires_grad and contexts.contexts.grad is None
+    assert not tiny_copy.unet.is_gradient_checkpointing
+
+
+def test_a_trained_unet_is_no_more_what_its_name_says(tiny_copy, contexts):
+    """Its weights are put in place anew; a training of something else leaves them."""
+    loaded = []
+    pretrained = weights(tiny_copy.unet)[0]
+
+    def put():
+        tiny_copy.put_unet("mine", lambda: loaded.append(1) or pretrained)
+
+    put()
+    list(train_tiny(tiny_copy, contexts, "contexts", epochs=1))
+    put()
+    assert loaded == [1] and tiny_copy.unet_key == "mine"
+    list(train_tiny(tiny_copy, contexts, "unet", epochs=1))
+    assert tiny_copy.unet_key is None and not same(weights(tiny_copy.unet)[0], pretrained)
+    put()
+    assert loaded == [1, 1] and same(weights(tiny_copy.unet)[0], pretrained)
+
+
+def test_the_unets_loss_falls(tiny_copy, contexts):
     """Latents like none that the tiny UNet has seen, learnt by heart."""
-    history = fit_tiny(tiny_copy, encoder, tmp_path, "unet", epochs=6, learning_rate=1e-3)
-    assert history.right.iloc[-1] < 0.9 * history.right.iloc[0]
+
+    def right():
+        return held_out_losses(tiny_copy, contexts, latents_for((4, 8, 8), count=6, seed=1), 2)["right"]
+
+    found = [right() for _ in train_tiny(tiny_copy, contexts, "unet", epochs=6)]
+    assert found[-1] < 0.9 * found[0]
 
 
 # --- a model whose right answers are known ---
 
-VALUES = torch.tensor([[1.0, 0.0, -1.0, 0.5], [-1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 1.0, -2.0]])  # of three classes
 
-
-def flat_latents(count):
-    labels = torch.arange(count) % 3
-    return train.Latents(VALUES[labels].view(-1, 4, 1, 1).expand(-1, -1, 2, 2).clone(), labels)
-
-
-def flat_encoder(contexts=None):
-    made = ClassEncoder(3, 1, 4, start=torch.zeros(1, 4))
-    if contexts is not None:
-        with torch.no_grad():
-            made.linear.weight.copy_(contexts.T)
-    return made
-
-
-def test_held_out_losses_by_hand(flat_model):
+def test_held_out_losses_by_hand():
     """Right contexts cost nothing; another one the mean squared difference of the two classes' channel values."""
-    found = train.held_out_losses(flat_model, flat_encoder(VALUES), flat_latents(30), torch.zeros(1, 4), batch_size=7)
+    found = held_out_losses(FlatModel(), flat_contexts(VALUES), flat_latents(30), 3, batch_size=7)
     assert found["right"] == pytest.approx(0, abs=1e-10)
     assert found["empty"] == pytest.approx(float(VALUES.square().mean()), rel=1e-4)
     pairs = [float((VALUES[i] - VALUES[j]).square().mean()) for i in range(3) for j in range(3) if i != j]
     assert min(pairs) < found["wrong"] < max(pairs)  # which wrong label is drawn by chance
-    two = train.Latents(*(part[flat_latents(30).labels < 2] for part in vars(flat_latents(30)).values()))
-    pair_encoder = ClassEncoder(2, 1, 4, start=torch.zeros(1, 4))
-    with torch.no_grad():
-        pair_encoder.linear.weight.copy_(VALUES[:2].T)
-    found = train.held_out_losses(flat_model, pair_encoder, two, torch.zeros(1, 4))
+    whole = flat_latents(30)
+    two = Latents(whole.latents[whole.labels < 2], whole.labels[whole.labels < 2])
+    found = held_out_losses(FlatModel(), flat.Contexts(VALUES[:2, None]), two, 2)
     assert found["wrong"] == pytest.approx(float((VALUES[0] - VALUES[1]).square().mean()), rel=1e-4)  # the only other
 
 
-def test_held_out_losses_repeat_themselves(tiny, encoder):
-    held_out, away_from = latents_for((4, 8, 8), count=5), tiny.text_context([""])[0]
-    one = train.held_out_losses(tiny, encoder, held_out, away_from)
+def test_held_out_losses_repeat_themselves(tiny, contexts):
+    held_out = latents_for((4, 8, 8), count=5)
+    one = held_out_losses(tiny, contexts, held_out, 2)
     torch.manual_seed(77)
-    assert one == train.held_out_losses(tiny, encoder, held_out, away_from)
-    again = train.held_out_losses(tiny, encoder, held_out, away_from, batch_size=2)
+    assert one == held_out_losses(tiny, contexts, held_out, 2)
+    again = held_out_losses(tiny, contexts, held_out, 2, batch_size=2)
     assert all(again[kind] == pytest.approx(one[kind], rel=1e-4) for kind in one)
 
 
-def test_the_class_encoder_learns_each_classs_context(flat_model, tmp_path):
-    encoder = flat_encoder()
-    history = train.fit(named(encoder), flat_model, encoder, flat_latents(30), flat_latents(9), tmp_path,
-                        **{**OPTIONS, "epochs": 60, "learning_rate": 0.1})  # fmt: skip
-    torch.testing.assert_close(encoder.contexts()[:, 0], VALUES, atol=0.02, rtol=0)
-    assert history.train.iloc[0] > 0.3 and history.train.iloc[-1] < 1e-3
-    last = history.iloc[-1]
+def test_each_classs_context_is_learnt():
+    contexts, losses = train_flat(epochs=60, learning_rate=0.1)
+    torch.testing.assert_close(contexts.contexts[:, 0], VALUES, atol=0.02, rtol=0)
+    assert losses[0] > 0.3 and losses[-1] < 1e-3
+    last = held_out_losses(FlatModel(), contexts, flat_latents(9), 3)
     assert last["right"] < 1e-3 and last["wrong"] > 1 and last["empty"] > 0.1
 
 
-def fit_flat(flat_model, folder, **changes):
-    encoder = flat_encoder()
-    options = {**OPTIONS, **changes}
-    history = train.fit(named(encoder), flat_model, encoder, flat_latents(30), flat_latents(9), folder, **options)
-    return encoder, history
-
-
-def test_the_learning_rate_is_a_cosine_to_zero(flat_model, tmp_path, monkeypatch):
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of every step."""
     seen, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self, *args: (seen.append(self.param_groups[0]["lr"]), step(self, *args))[1]
-    )
-    fit_flat(flat_model, tmp_path, epochs=4, batch_size=9, learning_rate=0.02)
+
+    def recorded(self, *args, **options):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    return seen
+
+
+def test_the_learning_rate_is_a_cosine_to_zero(rates):
+    train_flat(epochs=4, batch_size=9, learning_rate=0.02)
     total = 4 * math.ceil(30 / 9)
-    assert len(seen) == total == 16
-    assert seen == pytest.approx([0.01 * (1 + math.cos(math.pi * k / total)) for k in range(total)])
+    assert len(rates) == total == 16
+    assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * k / total)) for k in range(total)])
 
 
-def test_weight_decay_and_clipping_reach_the_optimiser(flat_model, tmp_path, monkeypatch):
+def test_weight_decay_and_clipping_reach_the_optimiser(monkeypatch):
     made, clipped, adamw = [], [], torch.optim.AdamW
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: made.append(options) or adamw(*args, **options))
     monkeypatch.setattr(
         torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append(norm) or clip(parameters, norm)
     )
-    fit_flat(flat_model, tmp_path, epochs=1, weight_decay=0.25, clip_norm=1.5)
+    train_flat(epochs=1, weight_decay=0.25, clip_norm=1.5)
     assert [(options["lr"], options["weight_decay"]) for options in made] == [(1e-3, 0.25)]
     assert set(clipped) == {1.5} and len(clipped) == 4
 
 
-def test_every_epoch_sees_every_image_once(flat_model, tmp_path):
-    known, seen = flat_model.predict_noise, []
+class Written(flat.Contexts):
+    """A conditioner that writes down what it is asked."""
 
-    def predict_noise(latents, t, context):
-        if torch.is_grad_enabled():
-            seen.append(context.detach())
-        return known(latents, t, context)
+    def __init__(self, contexts):
+        super().__init__(contexts)
+        self.asked = []
 
-    flat_model.predict_noise = predict_noise
-    encoder = flat_encoder(VALUES)
-    train.fit(named(encoder), flat_model, encoder, flat_latents(30), flat_latents(9), tmp_path,
-              **{**OPTIONS, "epochs": 1, "learning_rate": 0.0})  # fmt: skip
-    assert [len(part) for part in seen] == [8, 8, 8, 6]
-    counts = [int((torch.cat(seen)[:, 0] == value).all(1).sum()) for value in VALUES]
-    assert counts == [10, 10, 10]
+    def forward(self, labels, indices=None, seed=0):
+        self.asked.append((labels.tolist(), indices.tolist(), seed))
+        return super().forward(labels)
 
 
-# --- stopping, going on ---
+def test_every_epoch_sees_every_image_once_and_says_which():
+    """What depends on an image, and not on its class alone, is told which row of the training set it is."""
+    written = Written(VALUES[:, None])
+    train_flat(contexts=written, epochs=2, seed=5, learning_rate=0.0)
+    assert [len(labels) for labels, _, _ in written.asked] == 2 * [8, 8, 8, 6]
+    orders = []
+    for epoch in (written.asked[:4], written.asked[4:]):
+        orders.append([i for _, indices, _ in epoch for i in indices])
+        assert sorted(orders[-1]) == list(range(30)) and {seed for _, _, seed in epoch} == {5}
+        assert [i % 3 for i in orders[-1]] == [label for labels, _, _ in epoch for label in labels]
+    assert orders[0] != orders[1]
 
 
-class Killed(BaseException):
-    """What a killed process looks like from inside: nothing catches it."""
+def test_the_seed_decides():
+    losses = [train_flat(seed=seed)[1] for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("what", ["class encoder", "unet"])
-@pytest.mark.parametrize("at", ["epoch_002.safetensors", "history.json", "state.safetensors"])
-def test_a_killed_training_ends_as_an_unbroken_one(tiny_copy, encoder, tmp_path, monkeypatch, what, at):
-    if what == "unet" and at == "epoch_002.safetensors":
-        pytest.skip("as the class encoder's")
-    unbroken = [copy.deepcopy(encoder), copy.copy(tiny_copy)]
-    unbroken[1].unet = copy.deepcopy(tiny_copy.unet)
-    expected = fit_tiny(unbroken[1], unbroken[0], tmp_path / "unbroken", what)
+def test_a_loss_that_is_not_finite_stops_the_training(monkeypatch):
+    known, calls = FlatModel.predict_noise, []
 
-    saved, (save_tensors, save_json) = [], (runs.save_tensors, runs.save_json)
+    def predict_noise(self, latents, t, condition):
+        calls.append(len(latents))
+        return known(self, latents, t, condition) * (math.nan if len(calls) > 6 else 1)
 
-    def killing(save):
-        def wrapped(path, *args, **options):
-            saved.append(path.name)
-            if path.name == at and (at == "epoch_002.safetensors" or saved.count(at) == 2):
-                raise Killed
-            return save(path, *args, **options)
-
-        return wrapped
-
-    first = [copy.deepcopy(encoder), copy.copy(tiny_copy)]
-    first[1].unet = copy.deepcopy(tiny_copy.unet)
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_tensors", killing(save_tensors))
-        patch.setattr(runs, "save_json", killing(save_json))
-        with pytest.raises(Killed):
-            fit_tiny(first[1], first[0], tmp_path / "killed", what)
-    assert not (tmp_path / "killed" / "epoch_003.safetensors").exists()
-
-    torch.manual_seed(1234)  # a new process has another global random state
-    found = fit_tiny(tiny_copy, encoder, tmp_path / "killed", what)
-    assert found.equals(expected)
-    names = sorted(path.name for path in (tmp_path / "unbroken").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "killed").iterdir()) and len(names) == 5
-    for name in names:
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
+    monkeypatch.setattr(FlatModel, "predict_noise", predict_noise)
+    contexts, seen = flat_contexts(), []
+    with pytest.raises(FloatingPointError, match=r"of the test, epoch 2, is nan from batch 3 of 4 on: lower .*0\.001"):
+        for epoch in fit(named(contexts), FlatModel(), contexts, flat_latents(30), **OPTIONS, title="the test"):
+            seen.append(epoch.number)
+    assert seen == [1]
 
 
-def test_a_finished_training_is_not_repeated(flat_model, tmp_path):
-    _, expected = fit_flat(flat_model, tmp_path)
-    flat_model.predict_noise = None  # any use of it fails
-    encoder, found = fit_flat(flat_model, tmp_path)
-    assert found.equals(expected)
-    assert same(encoder.state_dict(), runs.load_tensors(train.checkpoint_path(tmp_path, 3)))
+# --- going on ---
 
 
-def test_the_seed_decides(flat_model, tmp_path):
-    histories = [fit_flat(flat_model, tmp_path / str(k), seed=seed)[1] for k, seed in enumerate((0, 0, 1))]
-    assert histories[0].equals(histories[1]) and not histories[0].equals(histories[2])
+def kept(state):
+    """The state as a file would hold it."""
+    return {name: value.detach().clone() for name, value in state.tensors().items()}
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(flat_model, tmp_path):
-    known, calls = flat_model.predict_noise, []
+def states(model, contexts, train, trainable, **options):
+    """What each epoch leaves."""
+    return [kept(epoch.state) for epoch in fit(named(trainable), model, contexts, train, **{**OPTIONS, **options})]
 
-    def predict_noise(latents, t, context):
-        calls.append(torch.is_grad_enabled())
-        return known(latents, t, context) * (math.nan if sum(calls) > 4 else 1)  # from epoch 2 on
 
-    flat_model.predict_noise = predict_noise
-    with pytest.raises(FloatingPointError, match=r"epoch 2, is nan from batch 1 of 4 on: lower the .*0\.001"):
-        fit_flat(flat_model, tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("epoch_*")) == ["epoch_001.safetensors"]
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("what", ["contexts", "unet"])
+def test_a_training_goes_on_as_if_it_had_never_stopped(tiny_copy, contexts, what, after):
+    """Bit for bit: weights, moments, counts. The process that goes on has another random state, and other weights."""
+    models = [dataclasses.replace(tiny_copy, unet=copy.deepcopy(tiny_copy.unet)) for _ in range(2)]
+    tables = [copy.deepcopy(contexts) for _ in range(2)]
+    train = latents_for((4, 8, 8))
+    trained = [{"contexts": table, "unet": model.unet}[what] for model, table in zip(models, tables, strict=True)]
+    unbroken = states(models[0], tables[0], train, trained[0])
+    torch.manual_seed(1234)
+    with torch.no_grad():
+        for parameter in trained[1].parameters():
+            parameter.add_(torch.randn_like(parameter))
+    resumed = states(models[1], tables[1], train, trained[1], resume=unbroken[after - 1])
+    assert [int(state["epoch"]) for state in unbroken] == [1, 2, 3] and len(resumed) == 3 - after
+    for found, expected in zip(resumed, unbroken[after:], strict=True):
+        assert same(found, expected)
+    assert {name.rpartition(".")[2] for name in unbroken[0] if name.startswith("optimizer.")} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
+    assert same(*weights(*trained))
+
+
+def test_a_resumed_cosine_goes_on_where_it_was(rates):
+    contexts = flat_contexts()
+    state = kept(next(fit(named(contexts), FlatModel(), contexts, flat_latents(30), **OPTIONS)).state)
+    rates.clear()
+    train_flat(resume=state)
+    assert rates == pytest.approx([0.0005 * (1 + math.cos(math.pi * k / 12)) for k in range(4, 12)])
+
+
+class HalfModel(FlatModel):
+    """Says of itself that it computes in float16; at batch ``at`` the gradients of the scaled loss overflow."""
+
+    dtype = torch.float16
+
+    def __init__(self, at=None):
+        super().__init__()
+        self.at, self.batches = at, 0
+
+    def predict_noise(self, latents, t, condition):
+        self.batches += 1
+        factor = 1e18 if self.batches == self.at else 1
+        return super().predict_noise(latents, t, condition) * factor
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+def test_a_scaled_training_goes_on_as_if_it_had_never_stopped(monkeypatch, after):
+    """The scale grows after some steps without an overflow: how many there were is part of the state."""
+    scaler = functools.partial(torch.amp.GradScaler, growth_interval=6)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    options = dict(epochs=8, learning_rate=0.05)
+    unbroken, resumed = flat_contexts(), flat_contexts(VALUES)
+    # The first step's gradients are no numbers: it is left out, and the scale halved.
+    expected = states(HalfModel(at=1), unbroken, flat_latents(30), unbroken, **options)
+    found = states(HalfModel(), resumed, flat_latents(30), resumed, **options, resume=expected[after - 1])
+    assert all(same(one, other) for one, other in zip(found, expected[after:], strict=True))
+    scales = [float(state["scaler.scale"]) for state in expected]
+    assert scales[0] == 2**15 and len(set(scales)) >= 4  # 32 steps: it grew several times
+    assert {int(state["scaler._growth_tracker"]) for state in expected} > {1}
+
+
+def test_a_state_of_other_parameters_is_refused():
+    contexts = flat_contexts()
+    (state,) = states(FlatModel(), contexts, flat_latents(6), contexts, epochs=1)
+    other = torch.nn.Linear(2, 2)
+    with pytest.raises(KeyError, match="model.weight"):
+        next(fit(named(other), FlatModel(), contexts, flat_latents(6), **OPTIONS, resume=state))
+    assert not other.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])
+def test_an_optimiser_goes_on_from_its_saved_state(name):
+    if name == "adamw-8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional requirement, is not installed")
+    torch.manual_seed(0)
+    start, target = torch.randn(64, 128), torch.randn(64, 128)
+
+    def new(value):
+        parameter = torch.nn.Parameter(value.clone())
+        adam = optimizer_for([parameter], name, learning_rate=0.05, weight_decay=0.0)
+        return TrainingState({"p": parameter}, adam, torch.amp.GradScaler("cpu", enabled=False))
+
+    def steps(state, count):
+        for _ in range(count):
+            state.optimizer.zero_grad()
+            (state.trainable["p"] - target).square().sum().backward()
+            state.optimizer.step()
+        return kept(state)
+
+    unbroken = steps(new(start), 6)
+    halfway = steps(new(start), 3)
+    second = new(torch.zeros_like(start))
+    second.load(halfway)
+    assert same(steps(second, 3), unbroken) and not torch.equal(halfway["model.p"], unbroken["model.p"])
+    if name == "adamw-8bit":
+        assert {value.dtype for value in halfway.values()} >= {torch.uint8}
+
+
+def test_automatic_choice_of_the_optimiser():
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    assert type(optimizer_for([parameter], "auto", learning_rate=1.0, weight_decay=0.0)) is torch.optim.AdamW
+
+
+def test_a_missing_8_bit_optimiser_gives_the_ways_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes.*finetune_method='lora'.*optimizer='adamw'"):
+        optimizer_for([torch.nn.Parameter(torch.zeros(4))], "adamw-8bit", learning_rate=1.0, weight_decay=0.0)
+
+
+# --- several processes ---
+
+
+class Together:
+    """Stands for the ranks of two processes: threads that add up what they hold."""
+
+    count, barrier, held = 2, threading.Barrier(2, timeout=60), [None, None]
+
+    def __init__(self, rank):
+        self.rank, self.first = rank, rank == 0
+
+    def wait(self):
+        self.barrier.wait()
+
+    def add_up(self, tensors):
+        tensors = list(tensors)
+        self.held[self.rank] = [tensor.clone() for tensor in tensors]
+        self.wait()
+        for mine, parts in zip(tensors, zip(*self.held, strict=True), strict=True):
+            mine.copy_(sum(parts))
+        self.wait()
+
+
+def test_two_processes_train_as_one():
+    """9 images in batches of 4: of the last one, with one image, the second process has none."""
+    options, found = dict(count=9, epochs=3, batch_size=4, learning_rate=0.05), {}
+
+    def work(rank):
+        found[rank] = train_flat(ranks=Together(rank), **options)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone, losses = train_flat(**options)
+    assert found[0][1] == found[1][1] == pytest.approx(losses)
+    assert torch.equal(found[0][0].contexts, found[1][0].contexts)
+    torch.testing.assert_close(found[0][0].contexts, alone.contexts, atol=1e-4, rtol=1e-4)
 
 
 # --- memory and number formats ---
-
-
-class Card:
-    """Stands for an accelerator on which ``most`` images fit at once, with gradient checkpointing ``relieved``."""
-
-    def __init__(self, model, most, relieved=None):
-        self.known, self.most, self.relieved, self.sizes = model.predict_noise, most, relieved or most, []
-        model.unet = self  # what `fit` asks of a UNet
-        self.is_gradient_checkpointing = False
-
-    def enable_gradient_checkpointing(self):
-        self.is_gradient_checkpointing = True
-
-    def disable_gradient_checkpointing(self):
-        self.is_gradient_checkpointing = False
-
-    def __call__(self, latents, t, context):
-        if torch.is_grad_enabled():
-            if len(latents) > (self.relieved if self.is_gradient_checkpointing else self.most):
-                raise torch.OutOfMemoryError("tried to allocate too much\nand more lines")
-            self.sizes.append(len(latents))
-        return self.known(latents, t, context)
 
 
 @pytest.fixture
@@ -282,100 +399,89 @@ def gradients(monkeypatch):
     return seen
 
 
-def test_a_small_card_gets_parts_of_a_batch_and_the_same_gradients(flat_model, tmp_path, capsys, gradients):
+def test_a_small_card_gets_parts_of_a_batch_and_the_same_gradients(capsys, gradients):
     still = dict(epochs=1, learning_rate=0.0)
-    _, history = fit_flat(flat_model, tmp_path / "large", **still)
-    flat_model.predict_noise = card = Card(flat_model, most=3)
-    _, small_history = fit_flat(flat_model, tmp_path / "small", **still)
-    assert max(card.sizes) == 2  # 8, then 4, then 2
+    _, losses = train_flat(**still)
+    card, contexts = SmallCard(most=3), flat_contexts()
+    (epoch,) = fit(named(contexts), card, contexts, flat_latents(30), **{**OPTIONS, **still})
+    assert max(card.sizes) == 2 == epoch.micro_batch.size  # 8, then 4, then 2
     assert len(gradients) == 8
     torch.testing.assert_close(gradients[4:], gradients[:4])
-    torch.testing.assert_close(torch.tensor(small_history.to_numpy()), torch.tensor(history.to_numpy()))
+    assert epoch.loss == pytest.approx(losses[0])
     said = capsys.readouterr().out
     assert "gradient checkpointing" in said and "4 images at once, not 8" in said and "2 images at once, not 4" in said
-    assert runs.load_json(tmp_path / "small" / "micro_batch.json") == {"size": 2, "gradient_checkpointing": True}
     assert not card.is_gradient_checkpointing  # sampling needs none
 
 
-def test_what_was_found_is_remembered(flat_model, tmp_path):
-    flat_model.predict_noise = Card(flat_model, most=3)
-    fit_flat(flat_model, tmp_path, epochs=1)
-    (tmp_path / "state.safetensors").unlink()
-    flat_model.predict_noise = card = Card(flat_model, most=1)
-    card.known, card.most, card.relieved = card.known.known, 0, 2  # fits only what was found, with checkpointing
-    fit_flat(flat_model, tmp_path, epochs=1)
+def test_it_begins_with_what_an_earlier_one_has_found():
+    card = SmallCard(most=0, relieved=2)  # fits only so, with checkpointing
+    train_flat(card, epochs=1, at_once=2, gradient_checkpointing=True)
     assert set(card.sizes) == {2}
 
 
-def test_gradient_checkpointing_comes_first_and_may_suffice(flat_model, tmp_path):
-    flat_model.predict_noise = card = Card(flat_model, most=3, relieved=8)
-    fit_flat(flat_model, tmp_path)
+def test_gradient_checkpointing_comes_first_and_may_suffice():
+    card = SmallCard(most=3, relieved=8)
+    train_flat(card)
     assert max(card.sizes) == 8
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny_copy, encoder, tmp_path):
-    other = copy.copy(tiny_copy)
-    other.unet = copy.deepcopy(tiny_copy.unet)
-    one = fit_tiny(tiny_copy, encoder, tmp_path / "plain", "unet", epochs=1)
-    two = fit_tiny(other, encoder, tmp_path / "checkpointed", "unet", epochs=1, gradient_checkpointing=True)
-    torch.testing.assert_close(torch.tensor(one.to_numpy()), torch.tensor(two.to_numpy()), atol=1e-5, rtol=1e-4)
-    assert not other.unet.is_gradient_checkpointing
+def test_gradient_checkpointing_changes_no_gradient(tiny_copy, contexts):
+    other = dataclasses.replace(tiny_copy, unet=copy.deepcopy(tiny_copy.unet))
+    (one,) = train_tiny(tiny_copy, contexts, "unet", epochs=1)
+    training = train_tiny(other, contexts, "unet", epochs=1, gradient_checkpointing=True)
+    two = next(training)
+    assert other.unet.is_gradient_checkpointing and next(training, None) is None
+    assert two.loss == pytest.approx(one.loss, rel=1e-4) and not other.unet.is_gradient_checkpointing
 
 
-def test_a_card_too_small_for_one_image(flat_model, tmp_path):
-    flat_model.predict_noise = Card(flat_model, most=0)
+def test_a_card_too_small_for_one_image():
     with pytest.raises(MemoryError, match="Not even one image.*finetune_method='lora'.*tried to allocate too much$"):
-        fit_flat(flat_model, tmp_path)
+        train_flat(SmallCard(most=0))
 
 
-def test_float16_scales_the_loss_and_not_the_gradients(flat_model, tmp_path, monkeypatch, gradients):
+def test_held_out_losses_fit_a_small_card_and_do_not_run_into_the_wall_twice(tiny, contexts, monkeypatch, capsys):
+    model, sizes, predict = dataclasses.replace(tiny), [], backbone.Backbone.predict_noise
+
+    def predict_noise(self, latents, t, condition):
+        sizes.append(len(latents))
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return predict(self, latents, t, condition)
+
+    held_out = latents_for((4, 8, 8), count=4)
+    expected = held_out_losses(model, contexts, held_out, 2)
+    monkeypatch.setattr(backbone.Backbone, "predict_noise", predict_noise)
+    assert held_out_losses(model, contexts, held_out, 2) == pytest.approx(expected, rel=1e-4)
+    assert sizes == [4, *12 * [2]] and "2 images at once" in capsys.readouterr().out
+    held_out_losses(model, contexts, held_out, 2)
+    assert sizes == [4, *24 * [2]] and capsys.readouterr().out == ""
+
+
+def test_float16_scales_the_loss_and_not_the_gradients(monkeypatch, gradients):
     still = dict(epochs=1, learning_rate=0.0)
-    fit_flat(flat_model, tmp_path / "fp32", **still)
-    flat_model.dtype = torch.float16
+    train_flat(**still)
     scaled, backward = [], torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: scaled.append(float(loss.detach())) or backward(loss))
-    _, history = fit_flat(flat_model, tmp_path / "fp16", **still)
-    assert min(scaled) > 1000 * history.train.max()
+    _, losses = train_flat(HalfModel(), **still)
+    assert min(scaled) > 1000 * max(losses)
     torch.testing.assert_close(gradients[4:], gradients[:4])
-    state = runs.load_tensors(tmp_path / "fp16" / "state.safetensors")
-    assert float(state["loss_scale"]) >= 1024
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])
-def test_an_optimiser_goes_on_from_its_saved_state(name):
-    if name == "adamw-8bit":
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional requirement, is not installed")
-    torch.manual_seed(0)
-    start, target = torch.randn(64, 128), torch.randn(64, 128)
-
-    def steps(parameter, adam, count):
-        for _ in range(count):
-            adam.zero_grad()
-            (parameter - target).square().sum().backward()
-            adam.step()
-
-    def new(value):
-        parameter = torch.nn.Parameter(value.clone())
-        return parameter, train.optimizer_for([parameter], name, learning_rate=0.05, weight_decay=0.0)
-
-    unbroken, adam = new(start)
-    steps(unbroken, adam, 6)
-    first, adam = new(start)
-    steps(first, adam, 3)
-    second, again = new(first.detach())
-    train._load_optimizer(again, train._optimizer_tensors(adam))
-    steps(second, again, 3)
-    assert torch.equal(second, unbroken) and not torch.equal(first, unbroken)
-    if name == "adamw-8bit":
-        assert {value.dtype for value in adam.state[first].values() if torch.is_tensor(value)} >= {torch.uint8}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_trains_keeps_its_digits_where_products_have_fewer(tiny_copy, contexts, dtype):
+    """Step 3's weights, held in float32, move by steps that 16 bits cannot hold; all their gradients are finite."""
+    tiny_copy.dtype = dtype
+    before = weights(tiny_copy.unet)[0]
+    how = dict(epochs=1, learning_rate=1e-6, batch_size=4)
+    list(fit(named(tiny_copy.unet), tiny_copy, contexts, latents_for((4, 8, 8), count=4), **{**OPTIONS, **how}))
+    after = weights(tiny_copy.unet)[0]
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in before]).abs()
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert 0 < float(moved.max()) < 1.3e-6 and float((moved > 0).float().mean()) > 0.5
 
 
-def test_automatic_choice_of_the_optimiser():
-    parameter = torch.nn.Parameter(torch.zeros(4))
-    assert type(train.optimizer_for([parameter], "auto", learning_rate=1.0, weight_decay=0.0)) is torch.optim.AdamW
-
-
-def test_a_missing_8_bit_optimiser_gives_the_ways_out(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ImportError, match="pip install bitsandbytes.*finetune_method='lora'.*optimizer='adamw'"):
-        train.optimizer_for([torch.nn.Parameter(torch.zeros(4))], "adamw-8bit", learning_rate=1.0, weight_decay=0.0)
+def test_a_fixed_table_is_a_conditioner_too(tiny_copy):
+    """The UNet learns from prompts' contexts as well as from those that a method has learnt."""
+    table = ContextTable(tiny_copy.text_context(["white digit 1 on black", "red circle on blue"]), torch.zeros(8, 64))
+    epochs = list(train_tiny(tiny_copy, table, "unet", epochs=2))
+    assert epochs[1].loss < epochs[0].loss

@@ -1,10 +1,10 @@
-"""The Class-Encoder is one linear map, and nothing else."""
+"""The Class-Encoder is one linear map, and nothing else; as a conditioner it tells each image its class's context."""
 
 import numpy as np
 import pytest
 import torch
 
-from sdgen_lib.class_encoder import ClassEncoder
+from sdgen_lib.methods.class_encoder import ClassEncoder
 
 
 @pytest.fixture
@@ -35,10 +35,12 @@ def test_contexts_are_those_of_the_one_hot_vectors(encoder):
     assert encoder.linear.weight.grad[:, [0, 2]].abs().max() == 0
 
 
+def shapes(module):
+    return {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+
 def test_nothing_but_one_weight_and_one_bias(encoder):
-    assert {name: tuple(p.shape) for name, p in encoder.named_parameters()} == {
-        "linear.weight": (10, 3), "linear.bias": (10,),
-    }  # fmt: skip
+    assert shapes(encoder) == {"linear.weight": (10, 3), "linear.bias": (10,)}
 
 
 def test_a_start_context_is_every_classs_first(encoder):
@@ -64,9 +66,7 @@ def released():
 
 def test_the_released_codes_two_maps(released):
     first, second = released.linear
-    assert {name: tuple(p.shape) for name, p in released.named_parameters()} == {
-        "linear.0.weight": (4, 3), "linear.0.bias": (4,), "linear.1.weight": (10, 4),
-    }  # fmt: skip
+    assert shapes(released) == {"linear.0.weight": (4, 3), "linear.0.bias": (4,), "linear.1.weight": (10, 4)}
     vectors = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
     weight, bias, weight_2 = (p.detach().numpy() for p in released.parameters())
     by_numpy = (vectors @ weight.T + bias) @ weight_2.T
@@ -104,3 +104,37 @@ def test_unconditional_errors(encoder):
         encoder.unconditional("empty_prompt")
     with pytest.raises(ValueError, match="Unknown unconditional context 'zeros'.*class_mean"):
         encoder.unconditional("zeros")
+
+
+# --- as a conditioner ---
+
+
+@pytest.mark.parametrize("kind", ["zero", "class_mean"])
+def test_it_tells_each_image_its_classs_context(encoder, kind):
+    told, labels = encoder.conditioner(kind), torch.tensor([2, 0, 2, 1])
+    vectors = np.eye(3, dtype=np.float32)
+    for conditioner in (told, told.table()):
+        condition = conditioner(labels, torch.arange(4), 0)
+        found, expected = condition.context.detach().numpy(), by_hand(encoder, vectors[labels])
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert condition.embedding is None and conditioner.unconditional().context.shape == (1, 2, 5)
+        away = by_hand(encoder, vectors).mean(0) if kind == "class_mean" else by_hand(encoder, vectors[:1] * 0)[0]
+        np.testing.assert_allclose(conditioner.unconditional().context[0].detach().numpy(), away, atol=1e-6)
+
+
+def test_the_empty_prompts_context_goes_along(encoder):
+    empty = torch.full((2, 5), 3.0)
+    told = encoder.conditioner("empty_prompt", empty)
+    assert torch.equal(told.unconditional().context[0], empty)
+    assert torch.equal(told.table().unconditional().context[0], empty)
+
+
+def test_it_keeps_gradients_and_its_table_does_not(encoder):
+    told = encoder.conditioner()
+    told(torch.tensor([1, 1]), torch.arange(2), 0).context[0].sum().backward()
+    assert encoder.linear.weight.grad[:, 1].abs().min() == 1 and encoder.linear.weight.grad[:, 0].abs().max() == 0
+    table = told.table()
+    assert not table.contexts.requires_grad and not table.empty.requires_grad
+    with torch.no_grad():
+        encoder.linear.weight.zero_()
+    assert table.contexts.abs().max() > 0  # what it was when the table was made

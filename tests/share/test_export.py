@@ -271,7 +271,7 @@ def test_an_unfinished_run(small, tmp_path):
 def test_a_damaged_block_is_not_taken(moved, tmp_path):
     run, dataset = moved
     path = next(run.glob("5_datasets/block_02/*/images.npz"))
-    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(SystemExit, match="block_02.*images.npz is damaged: run chapter 07"):
         take(run, "npz", tmp_path / "out", "--dataset", str(dataset))
     assert not (tmp_path / "out").exists()
@@ -310,7 +310,7 @@ def test_a_setting_changed_after_the_run_changes_nothing_that_is_said(small, cou
     run, dataset = moved
     changed = {"transfer_epochs": 1, "n_trials": 7, "unconditional": "class_mean", "select_on": "test"}
     later = small(run.parents[1], dataset=str(dataset), **changed)
-    later.run.path = later.workspace.run.path = run
+    later.run.path = run
     later.transfer()
     with pytest.raises(FileNotFoundError, match="no finished 2_tune for these settings: run chapter 03"):
         export.export(later.workspace, later.source(), "generator", tmp_path / "new")
@@ -349,7 +349,7 @@ def test_sets_put_together_in_two_ways(small, course, moved, tmp_path):
     run, dataset = moved
     nested = course.synthetic(2)
     later = small(run.parents[1], dataset=str(dataset), larger_sets="random")
-    later.workspace.run.path = run
+    later.run.path = run
     later.scaling()
     random = later.synthetic(2)
     assert not same(nested, random) and same_set(nested, random)
@@ -361,6 +361,17 @@ def test_sets_put_together_in_two_ways(small, course, moved, tmp_path):
     assert same(train_of(out), nested)
     said = {name: (tmp_path / name / "README.md").read_text() for name in ("random", "nested")}
     assert "| changed: larger_sets | random |" in said["random"] and "larger_sets" not in said["nested"]
+
+
+def test_random_parts_by_the_recipe(small, tmp_path):
+    """Before any row of the table tells: the larger set's blocks are there, and not yet the block that is x1."""
+    course = small(tmp_path / "runs", recipe="released", class_encoder_start="random")
+    course.synthetic(2)
+    assert same(train_of(take(course.run.path, "npz", tmp_path / "out")), course.synthetic(2))
+    with pytest.raises(SystemExit, match="no finished 5_datasets/block_00 for these settings"):
+        take(course.run.path, "npz", tmp_path / "one", "--multiple", "1")
+    course.synthetic(1)
+    assert same(train_of(take(course.run.path, "npz", tmp_path / "one", "--multiple", "1")), course.synthetic(1))
 
 
 @pytest.mark.parametrize("image_size", [None, 12])
@@ -376,7 +387,7 @@ def test_the_settings_are_those_of_the_run(small, tmp_path, image_size):
     assert ws.settings.image_size in (image_size, None)
     loaded = generator.load(take(course.run.path, "generator", tmp_path / "out", "--row", "after 1"), "cpu", "fp32")
     assert (loaded.num_inference_steps, loaded.guidance_scale, loaded.sampler) == (3, 0.5, "dpm-solver++")
-    assert torch.equal(loaded(LABELS), course.draw(course.point("after 1"), LABELS, "generator"))
+    assert torch.equal(loaded(LABELS, seed=5), course.draw(course.point("after 1"), LABELS, "generator"))
 
 
 def test_a_dataset_that_was_moved(course, moved, taken, tmp_path):
@@ -442,15 +453,15 @@ def test_a_run_of_the_older_layout(tmp_path):
     ("change", "words"),
     [
         (lambda r: r["run"].update(recipe="../x"), "Unknown recipe"),
-        (lambda r: r["run"].update(recipe=["demo"]), "Unknown recipe"),
+        (lambda r: r["run"].update(recipe=["demo"]), "is not what this version of sdgen writes"),
         (lambda r: r["run"].update(seed="0"), "seed must be a whole number"),
         (lambda r: r["run"].update(backbone="no such"), "not made by this version|Unknown backbone"),
         (lambda r: r["run"].pop("dataset"), "is not what this version of sdgen writes"),
         (lambda r: r["run"].update(dataset=["x"]), "is not what this version of sdgen writes"),
         (lambda r: r.update(run=None), "is not what this version of sdgen writes"),
-        (lambda r: r.update(settings=[]), "is not what this version of sdgen writes"),
+        (lambda r: r.update(settings=3), "is not what this version of sdgen writes"),
         (lambda r: r.pop("needs"), "is not what this version of sdgen writes"),
-        (lambda r: r["settings"].update(sampler="rm -rf"), "Unknown value for sampler"),
+        (lambda r: r["settings"].update(classifier_shortcut="rm -rf"), "Unknown value for classifier_shortcut"),
         (lambda r: r["settings"].update(n_trials=10**12), "n_trials must be"),
         (lambda r: r["settings"].update(n_trials=None), "n_trials must be"),
         (lambda r: r["settings"].update(n_trials=5), "was not made by this version of the paper's method"),
@@ -471,6 +482,7 @@ def test_a_strangers_settings_of_how_are_not_taken(moved):
     change = {
         "storage": "sqlite:///mine.db",
         "runs_dir": "/tmp/x",
+        "image_size": 9,
         "dataset": "/etc",
         "seed": 1,
         "sample_batch_size": 1,

@@ -1,10 +1,12 @@
 import pytest
 
-from sdgen_lib import diagrams
+from sdgen_lib.show import diagrams
+
+from .made import drawn
 
 
 def words(figure) -> list[str]:
-    return [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+    return [text.get_text() for text in drawn(figure).axes[0].texts if text.get_text()]
 
 
 def test_each_part_says_its_state():

@@ -2,16 +2,25 @@
 
 import base64
 import io
+import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sdgen_lib import explore, explore_classes, figures, tune, widgets
-from sdgen_lib.course import Course
+from sdgen_lib.course import Course, Point
 from sdgen_lib.data import Split
-from sdgen_lib.sample import balanced_labels
+from sdgen_lib.diffusion.conditions import Condition, ContextTable
+from sdgen_lib.diffusion.generate import balanced_labels, generate_latents
+from sdgen_lib.machine.seeds import image_noise
+from sdgen_lib.search.search import trials_frame
+from sdgen_lib.show import explore, explore_classes, figures, widgets
+
+ROOT = Path(__file__).parents[2]
 
 
 def drawn(figure) -> bytes:
@@ -27,7 +36,7 @@ def is_png(content: bytes) -> bool:
 
 
 def test_an_output_holds_the_widget_and_a_picture(finished):
-    explorer = explore.guidance(finished.course, finished.course.search())
+    explorer = explore.GuidanceExplorer(finished.course, finished.course.tune())
     bundle = explorer._repr_mimebundle_()
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.model_id
     assert is_png(base64.b64decode(bundle["image/png"]))
@@ -50,13 +59,12 @@ def test_nbconvert_shows_the_picture_where_there_is_no_kernel(finished):
 
 def test_sliders_redraw_the_same_seeds(finished):
     course = finished.course
-    explorer = explore.guidance(course, study := course.search())
+    explorer = explore.GuidanceExplorer(course, study := course.tune())
     epoch = study.best_params["epoch"]
     first = explorer.image.value
     explorer.steps.value, explorer.scale.value, explorer.who.value = 5, 3.5, 7
-    point = {"IS": 5, "UGS": 3.5, "transfer_epoch": epoch, "finetune_epoch": None}
-    images = course.draw(point, torch.full((10,), 7), "explorer")
-    near = explore.nearest_trial(tune.trials_frame(study), {"IS": 5, "UGS": 3.5})
+    images = course.draw(Point(5, 3.5, epoch), torch.full((10,), 7), "explorer")
+    near = explore.nearest_trial(trials_frame(study), {"IS": 5, "UGS": 3.5})
     title = f"IS 5, UGS 3.5; CAS of the nearest trial {near.value:.1%}"
     assert explorer.image.value == drawn(figures.image_grid([images], [""], ["7"] * 10, scale=0.95, title=title))
     assert f"number {near.name}:" in explorer.words.value and f"{near.value:.1%}" in explorer.words.value
@@ -66,13 +74,13 @@ def test_sliders_redraw_the_same_seeds(finished):
 
 
 def test_the_sliders_cover_the_search(finished):
-    explorer, s = explore.guidance(finished.course, finished.course.search()), finished.course.settings
+    explorer, s = explore.GuidanceExplorer(finished.course, finished.course.tune()), finished.course.settings
     assert (explorer.steps.max, explorer.scale.min, explorer.scale.max) == (s.steps_max, 0, s.guidance_max)
     assert [value for _, value in explorer.who.options] == [None, *range(10)]
 
 
 def test_nearest_trial_measures_by_the_ranges(study_of):
-    frame = tune.trials_frame(study_of([(1, 0.0, 1, 0.1, False), (101, 1.0, 1, 0.2, False), (60, 0.0, 1, 0.3, True)]))
+    frame = trials_frame(study_of([(1, 0.0, 1, 0.1, False), (101, 1.0, 1, 0.2, False), (60, 0.0, 1, 0.3, True)]))
     assert explore.nearest_trial(frame, {"IS": 52, "UGS": 0.1}).name == 2  # 60 is near 52 on a range of 100
     assert explore.nearest_trial(frame, {"IS": 52, "UGS": 0.95}).name == 1
     assert explore.nearest_trial(frame, {"IS": 2, "UGS": 0.2}).name == 0
@@ -81,28 +89,31 @@ def test_nearest_trial_measures_by_the_ranges(study_of):
 # --- denoising ---
 
 
+def trained(finished):
+    """What step 1's second epoch makes of labels."""
+    return finished.course.method.class_encoder(2).conditioner()
+
+
 def test_walk_is_the_samplers(finished):
     """Its last prediction is what `generate_latents` draws; the push is the difference of the two answers."""
-    from sdgen_lib.sample import generate_latents, initial_noise
-
-    course = finished.course
-    encoder, model = course.use(2), course.backbone
-    context, away = encoder.contexts()[[4]], encoder.unconditional("zero")
-    noise = initial_noise(0, "x", [0], model.latent_shape)
-    way = explore.walk(model, context, away, noise, 4, 2.5)
-    final = generate_latents(model, context, away, noise, num_inference_steps=4, guidance_scale=2.5)
+    model, conditioner = finished.course.backbone, trained(finished)
+    told, untold = conditioner(torch.tensor([4])), conditioner.unconditional()
+    noise = image_noise(0, "x", [0], model.latent_shape)
+    way = explore.walk(model, told, untold, noise, 4, 2.5)
+    final = generate_latents(model, told, untold, noise, num_inference_steps=4, guidance_scale=2.5)
     assert len(way) == 4
     torch.testing.assert_close(way[-1][1], final, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(way[0][0], noise)
     t = torch.tensor([999])
     with torch.no_grad():
-        push = model.predict_noise(noise, t, context) - model.predict_noise(noise, t, away[None])
+        push = model.predict_noise(noise, t, told) - model.predict_noise(noise, t, untold)
     torch.testing.assert_close(way[0][2], push)
 
 
 def test_scrubber(finished):
     course = finished.course
-    explorer = explore.denoising(course.backbone, course.use(2), course.data.class_names, num_inference_steps=4)
+    names = course.data.class_names
+    explorer = explore.DenoisingExplorer(course.backbone, trained(finished), names, num_inference_steps=4)
     shown = []
     for step in (1, 2, 4, 1):
         explorer.step.value = step
@@ -113,6 +124,33 @@ def test_scrubber(finished):
     assert len(explorer.still().axes) == 3 * 4
 
 
+def test_where_the_class_changes_nothing_the_push_is_white(tiny):
+    """An untrained Class-Encoder tells the same of every class, and the same as of none."""
+    context = tiny.text_context([""])
+    same = ContextTable(context.expand(2, -1, -1), context[0])
+    explorer = explore.DenoisingExplorer(tiny, same, ("cat", "dog"), num_inference_steps=3)
+    assert explorer.seen["push"].shape == (3, 3, 32, 32) and (explorer.seen["push"] == 255).all()
+
+
+def test_the_push_is_darkest_where_it_is_hardest(tiny):
+    contexts = tiny.text_context(["white digit 3 on black", ""])
+    explorer = explore.DenoisingExplorer(tiny, ContextTable(contexts[:1], contexts[1]), ("3",), num_inference_steps=3)
+    noise = image_noise(0, "denoising", [0], tiny.latent_shape)
+    way = explore.walk(tiny, Condition(contexts[:1]), Condition(contexts[1:]), noise, 3, 3.0)
+    size = torch.cat([push for _, _, push in way]).square().mean(1).sqrt()
+    step, row, column = (int(i) for i in torch.unravel_index(size.argmax(), size.shape))
+    push = explorer.seen["push"]
+    assert push.min() == push[step, 0, 4 * row, 4 * column] == 0  # 8 latents across 32 pixels
+    expected = 255 * (1 - size[1, 5, 2] / size.max())
+    assert math.isclose(push[1, 0, 4 * 5, 4 * 2], expected, abs_tol=0.51)
+
+
+def test_a_walk_of_one_step(tiny):
+    contexts = tiny.text_context(["white digit 3 on black", ""])
+    explorer = explore.DenoisingExplorer(tiny, ContextTable(contexts[:1], contexts[1]), ("3",), num_inference_steps=1)
+    assert explorer.step.value == explorer.step.max == 1 and len(explorer.still().axes) == 3
+
+
 # --- the search ---
 
 
@@ -121,15 +159,16 @@ def test_a_click_shows_what_the_trial_was_scored_on(finished, step):
     course = finished.course
     explorer = explore.SearchExplorer(course, step)
     buttons = explorer.points.children[1:]
-    frame = tune.trials_frame(course.search() if step == 2 else course.research())
+    frame = trials_frame(course.tune() if step == 2 else course.retune())
     assert len(buttons) == 2 * len(frame)
     for button, trial in ((buttons[1], frame.index[1]), (buttons[-1], frame.index[-1])):
         button.click()
         row = frame.loc[trial]
-        first = course.search().best_params["epoch"]
+        first = course.tune().best_params["epoch"]
         epochs = (int(row.epoch), None) if step == 2 else (first, int(row.epoch))
-        point = dict(zip(("IS", "UGS", "transfer_epoch", "finetune_epoch"), (int(row.IS), row.UGS, *epochs)))
-        images = course.draw(point, balanced_labels(40, 10), "trial")  # all that the trial drew
+        images = course.draw(
+            Point(int(row.IS), row.UGS, *epochs), balanced_labels(40, 10), "trial"
+        )  # all that the trial drew
         grid = figures.image_grid([images[:10], images[10:20]], ["", ""], list("0123456789"))
         assert explorer.image.value == drawn(grid)
         assert f"trial {trial}: IS {row.IS:.0f}, UGS {row.UGS:.2f}" in explorer.words.value
@@ -177,6 +216,45 @@ def test_updates_while_the_search_runs(micro, tmp_path, study_of):
         buttons = explorer.points.children[1:]
 
 
+OTHER_PROCESS = """
+import sys
+from sdgen_lib.search.study import open_study
+from pathlib import Path
+study = open_study(Path(sys.argv[1]), "step 2")
+study.enqueue_trial({"IS": 5, "UGS": 0.5, "epoch": 1})
+trial = study.ask()
+values = trial.suggest_int("IS", 5, 6), trial.suggest_float("UGS", 0, 7.5), trial.suggest_int("epoch", 1, 2)
+for name, value in {"val_accuracy": 0.4, "test_accuracy": 0.3, "classifier_epochs": 3, "seconds": 1.0}.items():
+    trial.set_user_attr(name, value)
+study.tell(trial, 0.4)
+"""
+
+
+def test_a_search_of_another_process_is_seen_when_it_is_refreshed(micro, tmp_path):
+    course = Course(micro(tmp_path / "runs"))
+    explorer = explore.SearchExplorer(course)
+    folder = course.run.folder(course.method.tune_step())
+    assert not folder.exists()  # looking makes nothing
+    folder.mkdir(parents=True)
+    (refresh,) = (w for w in explorer.widget.children[1].children if getattr(w, "description", "") == "refresh")
+    for count in (1, 2):
+        subprocess.run([sys.executable, "-c", OTHER_PROCESS, folder / "journal.log"], check=True, cwd=ROOT)
+        refresh.click()
+        assert f"{count} trials" in explorer.words.value and len(explorer.points.children) == 1 + 2 * count
+    other = explore.SearchExplorer(Course(micro(tmp_path / "runs", n_trials=5)))  # of other settings: another search
+    assert "waiting" in other.words.value
+
+
+def test_a_finished_search_is_read_by_the_name_that_it_has(finished, monkeypatch):
+    """A search that several processes shared is kept under its name in their storage."""
+    opened, read = [], explore.open_study
+    monkeypatch.setattr(explore, "open_study", lambda *where: opened.append(where) or read(*where))
+    explorer = explore.SearchExplorer(finished.course)
+    result = finished.course.run.peek(finished.course.method.tune_step())
+    assert opened == [(result.folder / "journal.log", result.facts["study"])]
+    assert explorer.frame.equals(trials_frame(finished.course.tune()))
+
+
 def test_a_step_without_a_search(finished):
     with pytest.raises(ValueError, match="2, 4 .*not 3"):
         explore.SearchExplorer(finished.course, 3)
@@ -187,10 +265,8 @@ def test_a_step_without_a_search(finished):
 
 def questions():
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8) * 60
-    yes = torch.tensor
-    return explore_classes.Questions(
-        images, yes([True, False, True, False]), yes([True, True, True, False]), yes([0, 1, 1, 0])
-    )  # fmt: skip
+    is_real, guessed_real = torch.tensor([True, False, True, False]), torch.tensor([True, True, True, False])
+    return explore_classes.Questions(images, is_real, guessed_real, classes=torch.tensor([0, 1, 1, 0]))
 
 
 def test_the_quiz_is_scored():
@@ -225,13 +301,11 @@ def test_questions_are_of_images_that_the_classifier_did_not_learn_from(finished
 # --- confusion ---
 
 
-def test_confusion_matrix_by_sklearn():
-    from sklearn import metrics
-
-    generator = torch.Generator().manual_seed(0)
-    labels, predicted = (torch.randint(0, 5, (200,), generator=generator) for _ in range(2))
-    found = explore_classes.confusion_matrix(predicted, labels, 5)
-    assert found.tolist() == metrics.confusion_matrix(labels, predicted).tolist()
+def test_a_matrix_counts_true_classes_in_rows():
+    labels, predicted = torch.tensor([0, 0, 0, 2, 2]), torch.tensor([0, 2, 2, 2, 0])
+    split = Split(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), labels)
+    explorer = explore_classes.Confusion({"one": predicted}, split, ["cat", "dog", "owl"])
+    assert explorer.matrices["one"].tolist() == [[1, 0, 2], [0, 0, 0], [1, 0, 1]]  # no image is or seems a dog
 
 
 def test_a_click_shows_the_confused_images():
@@ -264,3 +338,27 @@ def test_both_classifiers_are_asked_about_real_test_images(finished):
         assert float(matrix.diag().sum() / 449) == pytest.approx(finished.scaling[row]["test"][0])
     with pytest.raises(ValueError, match="no row 'x3'. It has: real, x1, x2"):
         explore_classes.confusion(finished.course, 3)
+
+
+# --- names from a stranger's data ---
+
+EVIL = "<img src=x onerror=alert(1)>&"
+
+
+def test_a_class_name_is_shown_and_never_run():
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    names, shown = [EVIL, "b"], "&lt;img src=x onerror=alert(1)&gt;&amp;"
+    quiz = explore_classes.Quiz(questions(), 0.75, names)
+    quiz.buttons["real"].click()
+    assert "<br>" in quiz.words.value and shown in quiz.words.value and "<img" not in quiz.words.value
+    confusion = explore_classes.Confusion({EVIL: torch.tensor([0, 1, 1, 0])}, Split(images, torch.arange(4) % 2), names)
+    confusion.choose(EVIL, 0, 1)
+    assert confusion.words.value.count(shown) == 2 and "<img" not in confusion.words.value
+
+
+def test_no_explorer_writes_html_of_its_own():
+    """`widgets.Words` escapes; a plain HTML widget would not."""
+    for path in (ROOT / "sdgen_lib/show").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("ipywidgets.HTML") == (path.name == "widgets.py"), path
+        assert "words.value" not in text

@@ -1,25 +1,27 @@
 """The recipe of the tiny model runs end to end, and its tokenizer knows every caption."""
 
 import csv
+import types
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from sdgen_lib import backbone, backbone_files, pretrain_tiny, source_images
+from sdgen_lib.diffusion import backbone, weights
+from sdgen_lib.tools import pretrain, source_images
 
 
 def captions(with_digits=True):
     colours = list(source_images.COLOURS)
-    made = {f"soft {colours[i % 12]} {name} on {colours[(i + k) % 12]}"
-            for i, name in enumerate(source_images.glyph_names(with_digits)) for k in range(1, 12)}  # fmt: skip
+    names = enumerate(source_images.glyph_names(with_digits))
+    made = {f"soft {colours[i % 12]} {name} on {colours[(i + k) % 12]}" for i, name in names for k in range(1, 12)}
     return sorted(made | {"leaves", "soft leaves"})
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return pretrain_tiny.build_tokenizer(tmp_path_factory.mktemp("tokenizer"), with_digits=True)
+    return pretrain.build_tokenizer(tmp_path_factory.mktemp("tokenizer"), with_digits=True)
 
 
 @pytest.fixture(scope="module", params=["built", "shipped", "stock"])
@@ -29,11 +31,11 @@ def tokenizer(request, built):
         return built
     if request.param == "shipped":
         return backbone.load("tiny", device="cpu").tokenizer
-    return CLIPTokenizer.from_pretrained(backbone_files.TINY, subfolder="tokenizer")
+    return CLIPTokenizer.from_pretrained(weights.TINY, subfolder="tokenizer")
 
 
 def test_every_caption_fits_and_every_word_is_one_token(tokenizer):
-    assert tokenizer.model_max_length == pretrain_tiny.TOKENS == 8
+    assert tokenizer.model_max_length == pretrain.TOKENS == 8
     for caption in captions():
         ids = tokenizer(caption).input_ids
         assert len(ids) == len(caption.split()) + 2 <= 8, caption
@@ -45,6 +47,61 @@ def test_different_words_are_different_tokens(tokenizer):
     words = sorted({word for caption in captions() for word in caption.split()})
     ids = [tokenizer(word).input_ids[1] for word in words]
     assert len(set(ids)) == len(words) == 12 + 10 + 26 + 7 + 6  # colours, digits, letters, shapes; soft on leaves ...
+
+
+# --- the training ---
+
+
+def test_the_average_follows_the_weights():
+    """One weight that the gradient moves: its average with decay n / (n + 10) at step n, by the recursion."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(1, 1, bias=False)
+    training = pretrain.Steps([module], total=100, lr=0.1)
+    (copy,), average = training.ema, module.weight.item()
+    for n in range(1, 30):
+        training.take(module.weight.square().sum())
+        average += (1 - n / (n + 10)) * (module.weight.item() - average)
+        assert copy.weight.item() == pytest.approx(average, abs=1e-6)
+    assert copy.weight.item() != module.weight.item() and not copy.weight.requires_grad
+
+
+def test_the_learning_rate_rises_and_then_falls_to_zero():
+    """Up for 11 of 100 steps in a straight line, down along a cosine."""
+    module = torch.nn.Linear(1, 1)
+    training, rates = pretrain.Steps([module], total=100, lr=0.1), []
+    for _ in range(100):
+        rates.append(training.optimizer.param_groups[0]["lr"])
+        training.take(module.weight.sum())
+    torch.testing.assert_close(torch.tensor(rates[:12]), torch.linspace(0.005, 0.1, 12), rtol=1e-5, atol=0)
+    assert max(rates) == pytest.approx(0.1) and rates[11:] == sorted(rates[11:], reverse=True)
+    assert rates[11 + 89 // 2] == pytest.approx(0.05, rel=0.05) and rates[-1] < 0.0001
+
+
+def test_timesteps_are_half_uniform_and_half_in_the_middle():
+    t = pretrain.sample_timesteps(20_000, torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() <= 999 and t.dtype == torch.int64
+    inside = ((t >= 250) & (t < 950)).float().mean()
+    assert inside == pytest.approx(0.5 + 0.5 * 0.7, abs=0.01)
+
+
+def test_signal_to_noise_of_a_known_reconstruction():
+    """A stand-in for a VAE whose pictures come back 0.2 too bright: 10 log10(2^2 / 0.04) = 20 dB."""
+    latents = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 4, 8, 8)
+    posterior = types.SimpleNamespace(mode=lambda: latents)
+    vae = types.SimpleNamespace(
+        encode=lambda images: types.SimpleNamespace(latent_dist=posterior),
+        decode=lambda latents: types.SimpleNamespace(sample=torch.full((2, 3, 32, 32), 0.2)),
+    )
+    psnr, deviation = pretrain.vae_quality(vae, torch.zeros(2, 3, 32, 32))
+    assert psnr == pytest.approx(20, abs=1e-4) and deviation == pytest.approx(1, abs=0.01)
+
+
+def test_the_probe_knows_right_captions_from_wrong_ones(tiny):
+    """The shipped model has learnt which glyph a caption names."""
+    frozen = pretrain.Frozen(tiny.vae, tiny.tokenizer, tiny.alphas_cumprod, "cpu")
+    source = pretrain.Source(torch.Generator().manual_seed(0), 8, True, "cpu")
+    found = pretrain.Probe(frozen, source).losses(tiny.unet, tiny.text_encoder)
+    assert found["right"] < found["empty"] < found["wrong"]
 
 
 @pytest.fixture(scope="module", params=[(), ("--without-digits",)], ids=["with digits", "without digits"])
@@ -61,7 +118,7 @@ def made(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source_images, "draw", watched)
         arguments = ["--out", str(out), "--vae-steps", "2", "--unet-steps", "2", "--batch-size", "8", "--device", "cpu"]
-        pretrain_tiny.main([*arguments, *request.param])
+        pretrain.main([*arguments, *request.param])
     return out, drawn, not request.param
 
 
@@ -97,3 +154,9 @@ def test_the_log_has_a_row_for_each_phase(made):
         rows = list(csv.DictReader(file))
     assert [(row["phase"], row["step"]) for row in rows] == [("vae", "2"), ("unet", "2")]
     assert float(rows[0]["psnr_db"]) > 0 and all(float(rows[1][kind]) > 0 for kind in ("right", "wrong", "empty"))
+
+
+def test_a_wrong_device_is_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        pretrain.main(["--out", str(tmp_path / "model"), "--device", "gpu"])
+    assert "A device is" in capsys.readouterr().err and not (tmp_path / "model").exists()

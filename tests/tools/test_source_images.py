@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from sdgen_lib import source_images
+from sdgen_lib.tools import source_images
 
 
 def draw(n=400, seed=0, **options):

@@ -1,0 +1,99 @@
+"""Figures of trainings and searches: each draws, and shows the numbers that it was given."""
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+
+from sdgen_lib.config import paper
+from sdgen_lib.search.search import trials_frame
+from sdgen_lib.show import search_figures
+
+from .made import drawn
+
+
+def test_loss_curve():
+    history = pd.DataFrame(np.random.default_rng(0).random((5, 4)), columns=["train", "right", "wrong", "empty"])
+    figure = drawn(search_figures.loss_curve(history, "Class-Encoder"))
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert len(lines) == 4
+    np.testing.assert_allclose(lines["held out, right label"].get_ydata(), history.right)
+
+
+@pytest.fixture
+def study(study_of):
+    random = np.random.default_rng(0)
+    points = random.uniform((1, 0, 1), (100, 1, 10), (12, 3))
+    return study_of([(int(i), u, int(e), 1 - (u - 0.5) ** 2, k % 3 == 2) for k, (i, u, e) in enumerate(points)])
+
+
+def test_figures_of_a_search(study):
+    figure = drawn(search_figures.trials(study, "step 2"))
+    complete = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    best = max(complete, key=lambda t: t.value)
+    ring = figure.axes[0].collections[-1].get_offsets()
+    np.testing.assert_allclose(ring, [[best.params["IS"], best.params["UGS"]]])
+    points = [len(c.get_offsets()) for c in drawn(search_figures.slices(study)).axes[0].collections]
+    assert sorted(points) == [4, 8]  # pruned and complete
+    drawn(search_figures.contour(study))
+    drawn(search_figures.contour(study, "epoch", "UGS"))
+
+
+def test_the_best_so_far_never_falls_and_leaves_pruned_trials_out(study_of):
+    rows = [(5, 0.5, 1, 0.9, True), (6, 0.1, 1, 0.3, False), (7, 0.2, 1, 0.2, False), (8, 0.3, 1, 0.6, False)]
+    figure = drawn(search_figures.trials(study_of(rows)))
+    (line,) = figure.axes[1].lines
+    np.testing.assert_allclose(line.get_ydata(), [np.nan, 0.3, 0.3, 0.6])
+
+
+def test_colours_are_the_accuracies_in_percent(study):
+    frame = trials_frame(study)
+    for figure in (search_figures.trials(study), search_figures.trials_by_parameter(frame)):
+        found = np.concatenate([c.get_array() for c in drawn(figure).axes[0].collections if c.get_array() is not None])
+        assert sorted(found) == pytest.approx(sorted(100 * frame.value))
+
+
+def test_a_chosen_trial_is_ringed(study):
+    frame = trials_frame(study)
+    figure = drawn(search_figures.trials_by_parameter(frame, chosen=3))
+    for ax, names in zip(figure.axes, search_figures.PANELS):
+        (ring,) = ax.collections[-1].get_offsets()
+        np.testing.assert_allclose(ring, frame.loc[3, list(names)].astype(float))
+
+
+def test_figures_of_the_shortest_search(study_of):
+    study = study_of([(10, 0.5, 1, 0.8, False)])
+    for figure in (search_figures.trials(study), search_figures.slices(study), search_figures.contour(study)):
+        drawn(figure)
+
+
+@pytest.mark.parametrize("rows", [[], [(10, 0.5, 1, 0.8, True)], [(10, 0.5, 1, 0.8, True), (9, 0.7, 2, 0.4, True)]])
+def test_a_search_without_a_complete_trial_draws(study_of, rows):
+    """The first trials to finish may all be pruned, and a shared search is shown before its first."""
+    study = study_of(rows)
+    figure = drawn(search_figures.trials(study, "so far"))
+    assert sum(len(c.get_offsets()) for c in figure.axes[0].collections) == len(rows)  # and no ring
+    drawn(search_figures.slices(study))
+    drawn(search_figures.contour(study))
+    if rows:
+        drawn(search_figures.trials_by_parameter(trials_frame(study)))
+
+
+def test_a_contour_of_trials_that_scored_alike_draws_the_points_alone(study_of):
+    def figure(values):
+        rows = [(1 + k, k * k % 5 / 5, 1, value, False) for k, value in enumerate(values)]
+        return drawn(search_figures.contour(study_of(rows)))
+
+    assert len(figure([0.1] * 6).axes) == 1
+    assert len(figure([0.1, 0.3, 0.2, 0.5, 0.4, 0.6]).axes) == 2  # with the scale of its colours
+
+
+def test_importance_bars():
+    ours = pd.DataFrame([[0.2, 0.7, 0.1], [0.1, 0.3, 0.6]], columns=["IS", "UGS", "epoch"], index=["step 2", "step 4"])
+    figure = drawn(search_figures.importance_bars(ours))
+    lengths = {c.get_label(): [bar.get_width() for bar in c] for c in figure.axes[0].containers}
+    assert lengths["ours, step 2"] == pytest.approx([0.2, 0.7, 0.1])
+    published = [value for name, value in lengths.items() if "published" in name]
+    assert len(published) == 2 and len(lengths) == 4
+    step_4 = [paper.IMPORTANCES[p].xs(4, level="step").mean() for p in ("IS", "UGS", "epoch")]
+    assert published[1] == pytest.approx(step_4)

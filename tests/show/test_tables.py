@@ -1,0 +1,170 @@
+"""Tables and their figures against numbers worked out by hand; the costs against counts worked out by hand."""
+
+import re
+import types
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from sdgen_lib.config import settings
+from sdgen_lib.course import Course
+from sdgen_lib.show import tables
+
+from .made import POINT, TABLE_1, TABLE_2, cas_row, drawn, scaling_row
+
+
+def course_with(table_1=None, table_2=None, dataset="cifar10"):
+    """Stands for a course whose run has these rows."""
+    return types.SimpleNamespace(
+        rows_made={1: table_1 or {}, 2: table_2 or {}}.get,
+        settings=settings.resolve(dataset=dataset),
+        data=types.SimpleNamespace(num_classes=10),
+    )
+
+
+def test_percent():
+    assert tables.percent([0.941]) == "94.1"
+    assert tables.percent([0.5, 0.6]) == "55.0 ± 7.1"  # with n - 1: sqrt(2 * 25)
+
+
+def test_table_1():
+    table = tables.table_1(course_with(TABLE_1))
+    assert list(table.columns) == ["after 1", "after 4"]
+    assert table.loc["CAS %"].tolist() == ["55.0 ± 7.1", "70.0 ± 0.0"]
+    assert table.loc["IS"].tolist() == [50, 12] and table.loc["UGS"].tolist() == [7.5, 1.23]
+    assert table.loc["epochs"].tolist() == ["24/-", "20/7"]
+    assert table.loc["images"].tolist() == [500, 500] and table.loc["generation s"].tolist() == [12.3, 12.3]
+
+
+def test_table_2():
+    table = tables.table_2(course_with(table_2=TABLE_2))
+    # 71, 73, 78: mean 74, deviations -3, -1, 4, squares 9 + 1 + 16 = 26, / 2 = 13, root 3.6. One classifier: no spread.
+    assert table.loc["accuracy %"].to_dict() == {"real": "90.0", "x1": "74.0 ± 3.6", "x2": "80.0 ± 0.0"}
+    assert table.loc["training images"].to_dict() == {"real": 1000, "x1": 1000, "x2": 2000}
+
+
+def test_published_numbers_stand_in_a_row_marked_as_published():
+    for table, expected in (
+        (tables.cas_table(TABLE_1, "cifar10:500"), {"after 1": 39.52, "after 4": 59.30}),
+        (tables.scaling_table(TABLE_2, "cifar10:500"), {"real": 83.26, "x1": 79.09, "x2": 81.49}),
+    ):
+        marked = [name for name in table.index if "published" in name]
+        assert len(marked) == 1 and marked[0].startswith("published") and "CIFAR10" in marked[0]
+        assert table.loc[marked[0]].to_dict() == expected
+        others = table.drop(index=marked).to_string()
+        assert not any(f"{value:.2f}" in others for value in expected.values())
+
+
+def test_without_a_published_row_there_is_none():
+    for table in (tables.cas_table(TABLE_1, "digits"), tables.scaling_table(TABLE_2, "digits")):
+        assert len(table) >= 2 and not any("published" in name for name in table.index)
+
+
+def test_selection_on_the_test_set_is_marked():
+    assert "TEST" not in tables.cas_table(TABLE_1, "cifar10").to_string()
+    on_test = {name: row | {"select_on": "test"} for name, row in TABLE_1.items()}
+    marked = tables.cas_table(on_test, "pathmnist")
+    assert any(name.startswith("CAS %") and "TEST" in name for name in marked.index)
+    assert not any(name.startswith("published") and "TEST" in name for name in marked.index)
+
+
+def test_balanced_accuracy_stands_below_where_the_classes_sizes_matter():
+    """Nine in ten of class 0, all taken for it: 90 % of the images, half of the classes."""
+    rows = {"after 1": cas_row(POINT, [0.9, 0.9], balanced_test=[0.5, 0.52]), "after 2": cas_row(POINT, [0.7, 0.7])}
+    table = tables.cas_table(rows, "digits")
+    assert list(table.index[:2]) == ["CAS %", "balanced CAS %"]
+    assert table.loc["balanced CAS %"].tolist() == ["51.0 ± 1.4", "70.0 ± 0.0"]
+    rows = {"real": scaling_row([0.9], 10) | {"balanced_test": [0.896]}}  # less than a point
+    assert list(tables.scaling_table(rows, "digits").index) == ["accuracy %", "training images"]
+
+
+def test_without_rows_the_tables_are_empty_and_the_figures_say_so():
+    course = course_with()
+    assert len(tables.table_1(course)) == 0 and len(tables.table_2(course)) == 0
+    with pytest.raises(ValueError, match=r"Table 1 has no rows yet: course.cas\(row\)"):
+        tables.steps_figure(course)
+    with pytest.raises(ValueError, match=r"Table 2 has no rows yet: course.scaling\(\)"):
+        tables.scaling_figure(course)
+
+
+def test_figures_of_the_tables():
+    course = course_with(TABLE_1, TABLE_2)
+    figure = drawn(tables.steps_figure(course))
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [0.55, 0.7])
+    np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), [0.1, 0.1])  # chance
+    dots = [tuple(map(tuple, c.get_offsets())) for c in figure.axes[0].collections]
+    assert dots == [((0, 0.5), (0, 0.6)), ((1, 0.7), (1, 0.7))]
+    figure = drawn(tables.scaling_figure(course))
+    line, caps, _ = figure.axes[0].containers[0].lines
+    np.testing.assert_allclose(line.get_ydata(), [0.74, 0.8])
+    ends = np.array([cap.get_ydata() for cap in caps], float)
+    np.testing.assert_allclose(ends, [[0.71, 0.8], [0.78, 0.8]])  # lowest, highest
+    drawn(tables.scaling_figure(course_with(table_2={"x1": TABLE_2["x1"]})))  # the real row is not there yet
+
+
+# --- what it will cost ---
+
+SMALL = {"dataset": "digits:100", "backbone": "tiny", "recipe": "demo", "precision": "fp32"}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The works that `cost_table` asks the seconds of, in its order; each takes as many seconds as it has images."""
+    works = []
+
+    def seconds(backbone, work):
+        works.append(work)
+        return sum(work.values())
+
+    monkeypatch.setattr(tables.cost, "seconds", seconds)
+    return works
+
+
+def images_by_kind(work):
+    found = Counter()
+    for kind, images in work.items():
+        found[kind.kind, kind.batch, kind.pixels] += images
+    return dict(found)
+
+
+def test_the_papers_column_is_counted_at_the_papers_size_and_batch(counted, tmp_path):
+    course = Course(settings.resolve(**SMALL, runs_dir=str(tmp_path), compile_unet="no"))
+    n, held_out = len(course.data.train), len(course.data.val)
+    assert (n, held_out, course.data.image_size) == (100, 202, 16)
+    before = sorted(tmp_path.rglob("*"))
+    table = tables.cost_table(course)
+    assert sorted(tmp_path.rglob("*")) == before  # no folder of a paper's run
+    assert list(table.columns) == ["this recipe", "-p recipe paper"]
+    assert list(table.index) == ["1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets"]
+    demo, paper = counted[:5], counted[5:]
+    # 12 epochs at batch 32, against 50 at 64; each with three held-out losses of two noises.
+    assert images_by_kind(demo[0])["context gradient", 32, 0] == 12 * n
+    assert images_by_kind(paper[0])["context gradient", 64, 0] == 50 * n
+    assert images_by_kind(paper[0])["unet", 202, 0] == 50 * 3 * 2 * held_out
+    assert images_by_kind(paper[2])["weight gradient", 16, 0] == 10 * n
+    # 18 trials of 400 images, IS 5..12, and 50 of 4000, IS 5..50; guidance doubles a pass.
+    assert images_by_kind(demo[1])["unet", 200, 0] == 2 * 8.5 * 18 * 400
+    assert images_by_kind(paper[3])["decode", 128, 0] == 50 * 4000
+    # What trains a classifier: 100 epochs at 32 pixels, batch 256, of 100 real images and of 100, 200, .. 1000.
+    sizes = n + sum(k * n for k in range(1, 11))
+    trained = {kind: images for kind, images in paper[4].items() if kind.kind.startswith("classifier")}
+    assert {(kind.batch, kind.pixels) for kind in trained} == {(256, 32)} and sum(trained.values()) == 100 * sizes
+    trained = {kind: images for kind, images in demo[4].items() if kind.kind.startswith("classifier")}
+    assert {(kind.batch, kind.pixels) for kind in trained} == {(32, 16)}  # three side by side, at least 400 an epoch
+    assert sum(trained.values()) == 3 * 24 * 4 * 400
+    assert images_by_kind(paper[4])["decode", 128, 0] == 10 * n
+
+
+def test_what_is_there_is_counted_too(counted, finished):
+    """The chapter's table says what the course costs, not what is left of it."""
+    again = Course(finished.course.settings)
+    first = tables.cost_table(again)["this recipe"]
+    assert images_by_kind(counted[0])["encode", 16, 16] == 302  # though the latents are there
+    assert images_by_kind(counted[4])["decode", 200, 0] == 200
+    assert all(re.fullmatch(r"[\d.]+ (s|min|h|days)", text) for text in first)
+
+
+def test_costs_are_measured(micro, tmp_path):
+    table = tables.cost_table(Course(micro(tmp_path)))
+    assert all(re.fullmatch(r"[\d.]+ (s|min|h|days)", text) for text in table.to_numpy().flat)
