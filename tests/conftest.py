@@ -119,9 +119,8 @@ class Finished:
 def finished(tmp_path_factory, micro):
     runs_dir = tmp_path_factory.mktemp("runs")
     course = Course(micro(runs_dir))
-    cost.seconds(
-        course.backbone, total([step.work() for step in course.method.steps()])
-    )  # now, so that its own passes are not counted
+    works = [step.work() for step in course.method.steps()] + [scaling_work(course.workspace, course.source())]
+    cost.seconds(course.backbone, total(works))  # now, so that its own passes are not counted
     work, now, counting = {}, {}, threading.Lock()
     predict_noise, forward = backbone.Backbone._predict, networks.ResNet20.forward
     encode, decode = backbone.Backbone.encode, backbone.Backbone.decode

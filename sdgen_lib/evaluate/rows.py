@@ -57,8 +57,8 @@ def row_step(
 
     ``training(settings)``: called when the row is made; ``num_images``: how many it holds. ``needs``, ``topics``,
     ``roots`` and ``inputs``: what it depends on beside the classifier's own settings. ``options``: of
-    `classify.train_classifier` (network, augmentation, steps), over the settings'. ``tests``: named test sets beside the
-    data's own, which is "test". ``before()``: what is done before the classifiers, for the estimate.
+    `classify.train_classifier` (network, augmentation, steps), over the settings'. ``tests``: named test sets beside
+    the data's own, which is "test". ``before()``: what is done before the classifiers, for the estimate.
     """
     options, tests = dict(options or {}), {"test": ws.data.test, **(tests or {})}
 

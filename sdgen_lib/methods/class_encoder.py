@@ -211,7 +211,7 @@ class ClassEncoderMethod:
         return files.load_json(self.ws.run.file(self.transfer_step, HISTORY))
 
     def tune(self, on_trial: Callable[[optuna.Study], None] | None = None) -> optuna.Study:
-        """Step 2: the first search, over IS, UGS and the Class-Encoder's epoch. ``on_trial(study)`` after each trial."""
+        """Step 2: the first search, over IS, UGS and the Class-Encoder's epoch; ``on_trial(study)`` after a trial."""
         return self._study(self.tune_step(on_trial), self.ws.settings.n_trials, self.first_space, on_trial)
 
     def finetune(self) -> list[dict[str, float]]:
@@ -437,7 +437,7 @@ class ClassEncoderMethod:
                 if len(study.get_trials(deepcopy=False, states=FINISHED)) >= n_trials:
                     return study
             ws.run.forget(step)  # its journal was cut or is damaged: those trials are done again
-        raise files.DamagedFile(f"{result.folder / JOURNAL} lost trials once more while they were made: check the disk.")
+        raise files.DamagedFile(f"{result.folder / JOURNAL} lost trials once more: check the disk.")
 
     def _shared_study(self, step: Step) -> optuna.Study:
         ws = self.ws
@@ -492,7 +492,7 @@ class ClassEncoderMethod:
     # --- what they cost ---
 
     def _training_work(self, gradient: Pass, epochs: int, before: Step | None = None) -> Work:
-        data, s = self.ws.data, self.ws.settings
+        data = self.ws.data
         held_out = Pass("unet", min(256, len(data.val)))
         work = {gradient: epochs * len(data.train), held_out: epochs * 3 * FIXED_NOISES * len(data.val)}
         return work if before is None or self.ws.run.peek(before) else total([work, before.work()])

@@ -50,11 +50,7 @@ class Workspace:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        ranks: Ranks = ALONE,
-        real: data.ImageData | None = None,
-        path: Path | None = None,
+        self, settings: Settings, ranks: Ranks = ALONE, real: data.ImageData | None = None, path: Path | None = None
     ):
         self.settings, self.ranks = settings, ranks
         self.data = real or data.load(settings.dataset, settings.image_size, settings.seed, base_dir=checkout())
