@@ -75,8 +75,11 @@ def resumed(precision: str, part: str) -> dict[str, float]:
     names = [name for name in whole if name.startswith("model.")]
 
     def apart(one: dict, other: dict) -> float:
-        """The mean difference of all weights. (Their largest tells little: Adam moves a weight whose gradient is next to
-        nothing by its sign, which a card's own order of adding up decides.)"""
+        """The mean difference of all weights.
+
+        Their largest tells little: Adam moves a weight whose gradient is next to nothing by its sign, and that the
+        order decides in which a card adds up.
+        """
         gaps = [(one[name].float() - other[name].float()).abs() for name in names]
         return float(sum(gap.sum() for gap in gaps) / sum(gap.numel() for gap in gaps))
 

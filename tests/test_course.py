@@ -402,7 +402,7 @@ def test_only_used_unets_are_kept_when_asked(small, tmp_path):
     assert {path.name for path in folder.glob("epoch_*")} == {checkpoint_name(best), checkpoint_name(4)}
     course.cas("after 3"), course.cas("after 4")
     gone = next(epoch for epoch in (1, 2, 3) if epoch != best)
-    with pytest.raises(FileNotFoundError, match=f"has no {checkpoint_name(gone)}: delete this folder"):
+    with pytest.raises(FileNotFoundError, match=f"has no {checkpoint_name(gone)}; it holds"):
         course.draw(Point(1, 1.0, 1, gone), torch.tensor([0]), "any")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -464,6 +465,13 @@ def _check_together(settings: Settings) -> None:
             "The empty prompt's context (class_encoder_start or unconditional) fits the paper's Class-Encoder alone: "
             "give no class_encoder_rank or class_encoder_tokens with it, or choose 'random' and 'zero'."
         )
+
+
+def unlike_recipe(values: Mapping[str, Any], recipe: str) -> dict[str, Any]:
+    """Those of some settings' ``values`` that are not as in the recipe, by name, sorted; the shared ones left out."""
+    usual = Settings(**RECIPES.get(recipe, {}))
+    known = sorted(set(values) & set(FIELDS) - set(SHARED))
+    return {name: values[name] for name in known if values[name] != getattr(usual, name)}
 
 
 def protocol(settings: Settings) -> list[dict[str, Any]]:

@@ -67,7 +67,8 @@ def row_step(
         scored = scores(ws, s, found.images, tests, options, name)
         predicted = {test: torch.stack([r.tests[test].predicted for r in scored]) for test in tests}
         files.save_tensors(folder / PREDICTED, predicted)
-        return {**found.facts, "num_images": num_images, **accuracies(scored)}
+        largest = int(ws.data.test.labels.bincount().max()) / len(ws.data.test)
+        return {**found.facts, "num_images": num_images, "largest_class": largest, **accuracies(scored)}
 
     def work() -> Work:
         s = ws.settings
@@ -112,6 +113,8 @@ def scores(
 
 def accuracies(found: list[Result]) -> dict[str, Any]:
     """A row's numbers as fractions, a list with one entry a classifier seed: what the tables are made of.
+
+    Beside them a row has "largest_class", the accuracy of the answer "always the largest class".
 
     "test", "balanced_test" and "per_class" are of the data's own test images; "tests" has the other named sets.
     """

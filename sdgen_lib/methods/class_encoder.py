@@ -28,7 +28,7 @@ from ..machine.passes import Pass, Work, total
 from ..machine.seeds import derived
 from ..search import search as searches
 from ..search.search import Space
-from ..search.study import FINISHED, keep, open_study, resume_study, share_study
+from ..search.study import FINISHED, UNREADABLE, keep, open_study, resume_study, share_study
 from ..store import files
 from ..store.run import DIGITS, Step
 from ..work import cost
@@ -432,7 +432,7 @@ class ClassEncoderMethod:
                 self._run_trials(self._shared_study(step), view, step, chosen_from, on_trial, shared=True)
         for _ in range(2):
             result = ws.run.result(step)
-            with contextlib.suppress(ValueError, KeyError):  # what Optuna raises at a line that is no entry
+            with contextlib.suppress(*UNREADABLE):
                 study = open_study(result.folder / JOURNAL, result.facts["study"])
                 if len(study.get_trials(deepcopy=False, states=FINISHED)) >= n_trials:
                     return study

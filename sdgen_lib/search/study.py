@@ -26,8 +26,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from ..config.messages import shown
-from ..store.files import whole_file
+from ..store.files import move_aside, whole_file
 
+# What Optuna raises at a line of a journal that is JSON and no entry.
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # a worker's signs of life; a trial without one for so long is queued again
 MAX_RETRIES = 3
@@ -152,7 +154,11 @@ def resume_study(journal: Path, name: str) -> optuna.Study:
     """
     if journal.exists():
         _mend(journal)
-    study = open_study(journal, name)
+    try:
+        study = open_study(journal, name)
+    except UNREADABLE:
+        move_aside(journal)
+        study = open_study(journal, name)
     trials = study.get_trials(deepcopy=False)
     kept = [t for t in trials if t.state in (*FINISHED, TrialState.WAITING)]
     if len(kept) == len(trials):

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config.recipes import RECIPES
-from ..config.settings import FIELDS, SHARED, Settings
+from ..config.settings import unlike_recipe
 from ..data import ImageData
 from ..data.named import names
 from ..diffusion.weights import NAMES
@@ -39,14 +38,7 @@ class Origin:
     @property
     def changed(self) -> dict[str, Any]:
         """The settings that are not the recipe's."""
-        return changed(self.settings, self.recipe)
-
-
-def changed(settings: Mapping[str, Any], recipe: str) -> dict[str, Any]:
-    """Those of ``settings`` that are not as in the recipe, by name, sorted."""
-    usual = Settings(**RECIPES.get(recipe, {}))
-    known = sorted(set(settings) & set(FIELDS) - set(SHARED))
-    return {name: settings[name] for name in known if settings[name] != getattr(usual, name)}
+        return unlike_recipe(self.settings, self.recipe)
 
 
 def of_set(ws: Workspace, source: Source, multiple: int, block: Result) -> Origin:

@@ -17,7 +17,7 @@ from typing import Any
 from .. import data
 from ..config.messages import shown
 from ..config.recipes import RECIPES
-from ..config.settings import Settings, fields_read_by, resolve
+from ..config.settings import Settings, fields_read_by, resolve, unlike_recipe
 from ..data import ImageData
 from ..data.named import names
 from ..data.sources import IMAGE_SIZES, checkout
@@ -27,7 +27,7 @@ from ..evaluate.sets import APART, block_step
 from ..methods.class_encoder import ROWS, SAMPLING, ClassEncoderMethod
 from ..store.run import DIGITS, RECORD, Result, digest, is_of_older_version, results, settings_used, upstream
 from ..work.workspace import Workspace
-from .origin import PUT_TOGETHER, changed, made_at
+from .origin import PUT_TOGETHER, made_at
 
 CHAPTERS = {"1_transfer": "02", "2_tune": "03", "3_finetune": "05", "4_retune": "06", "5_datasets": "07"}
 STEPS = tuple(CHAPTERS)[:4]
@@ -56,7 +56,7 @@ class Choice:
 
 def _choice(base: Result, settings: Mapping[str, Any], found: Sequence[Result]) -> Choice:
     in_order = tuple(sorted(found, key=made_at))
-    unlike = changed(settings, base.record["run"]["recipe"])
+    unlike = unlike_recipe(settings, base.record["run"]["recipe"])
     texts = ", ".join(f"{name}={value!r}" for name, value in unlike.items()) or "as the recipe"
     newest = in_order[-1]
     line = f"{newest.fingerprint[:DIGITS]}  {newest.record['finished']}  {newest.name}  {texts}"
@@ -114,7 +114,7 @@ def workspace_of(
         run, roots = choice.base.record["run"], {}
         for part in upstream(path, choice.base).values():
             roots |= part.record["roots"]
-        unlike = changed(choice.settings, str(run["recipe"]))
+        unlike = unlike_recipe(choice.settings, str(run["recipe"]))
         used = {name: "none" if value is None else value for name, value in unlike.items() if name not in NOT_OF_A_STEP}
         place = _place(run["dataset"], dataset)
         whose = {"recipe": str(run["recipe"]), "backbone": backbone or run["backbone"], "seed": run["seed"]}

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.recipes import RECIPES
-from ..config.settings import SHARED, Settings
+from ..config.settings import unlike_recipe
 from ..store.run import Result, default_runs_dir, is_of_older_version, results, settings_used, upstream
 from .tables import cas_table, scaling_table
 
@@ -72,10 +71,9 @@ def _largest(groups: list[list[Row]]) -> list[list[Row]]:
 
 def changed(rows: Sequence[Row]) -> str:
     """The settings in which a table's rows differ from their recipe, as "transfer_epochs=1, n_trials=30"."""
-    recipe = RECIPES.get(rows[0].result.record["run"].get("recipe"), {})
-    usual = {**Settings().to_dict(), **recipe}
     used = {name: value for row in rows for name, value in row.settings.items()}
-    return ", ".join(f"{n}={v!r}" for n, v in sorted(used.items()) if n not in SHARED and usual.get(n) != v)
+    unlike = unlike_recipe(used, str(rows[0].result.record["run"].get("recipe")))
+    return ", ".join(f"{name}={value!r}" for name, value in unlike.items())
 
 
 def print_run(run_folder: Path, title: str) -> bool:

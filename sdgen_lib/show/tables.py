@@ -63,12 +63,13 @@ def scaling_table(rows: Rows, dataset: str) -> pd.DataFrame:
 
 
 def _accuracies(rows: Rows, what: str) -> dict[str, dict[str, str]]:
-    """Each row's accuracy on real test images, and the balanced one below it where the classes' sizes matter."""
+    """Each row's accuracy on real test images; where the classes' sizes matter, what else has to be known of it."""
     found = {name: {what: percent(row["test"])} for name, row in rows.items()}
     balanced = {name: row["balanced_test"] for name, row in rows.items() if "balanced_test" in row}
     if any(abs(np.mean(values) - np.mean(rows[name]["test"])) >= APART for name, values in balanced.items()):
         for name, values in balanced.items():
             found[name][f"balanced {what}"] = percent(values)
+            found[name]["always the largest class %"] = percent([rows[name]["largest_class"]])
     return found
 
 

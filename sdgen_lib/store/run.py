@@ -27,6 +27,7 @@ from ..machine.ranks import ALONE, Ranks
 from . import files
 
 RECORD = "record.json"
+STATE = ".state.safetensors"  # what a killed `make` goes on from; it goes once the result is on record
 DIGITS = 12  # of a fingerprint, in a folder's name
 VERSIONS = ("torch", "diffusers", "transformers", "optuna", "numpy")
 GROWING = (".log", ".lock")  # what other tools may append to has no checksum
@@ -135,6 +136,8 @@ class Run:
                 error.errno, f"The results' folder {path} cannot be made ({error.strerror}): give another runs_dir"
             ) from error
         for inner in path.rglob("*"):
+            if inner.name == STATE and (inner.parent / RECORD).is_file():  # killed before it could go
+                inner.unlink(missing_ok=True)
             if inner.is_symlink() and not Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(path)):
                 raise ValueError(f"{inner} is a link that leads out of {path}: delete it or give another runs_dir.")
         if is_of_older_version(path) and ranks.first:
@@ -218,6 +221,7 @@ class Run:
         facts = step.make(folder, self.settings.view(*step.topics, "how"))
         if self.ranks.first:
             files.save_json(folder / RECORD, self._record(step, folder, facts, time.perf_counter() - start))
+            (folder / STATE).unlink(missing_ok=True)
 
     def _record(self, step: Step, folder: Path, facts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         s = self.settings
@@ -254,7 +258,10 @@ class Run:
             result = self.result(step)
             path = result.folder / name
             if name not in result.record["files"]:
-                raise FileNotFoundError(f"{result.folder} has no {name}: delete this folder, and it is made again.")
+                raise FileNotFoundError(
+                    f"{result.folder} has no {name}; it holds {', '.join(result.record['files'])}. (What "
+                    "keep_unets='used' deleted comes back if you delete this folder.)"
+                )
             if self._is_whole(path, result.record["files"][name]):
                 return path
             files.move_aside(path)

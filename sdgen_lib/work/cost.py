@@ -123,7 +123,9 @@ def _classifiers(backbone: Backbone, kind: Pass) -> float:
         found = build("resnet20", o["num_classes"], width=o["width"], shortcut=o["shortcut"], dtype=dtype)
         return found.to(device, memory_format=torch.channels_last)
 
-    nets = [net() for _ in range(count)]
+    with torch.random.fork_rng(devices=[]):
+        nets = [net() for _ in range(count)]
+    steps = TABLE_STEPS if count > 1 else 1
 
     def step(net: torch.nn.Module, batch: int) -> None:
         images = torch.zeros(batch, 3, kind.pixels, kind.pixels, dtype=torch.uint8, device=device)
@@ -131,10 +133,10 @@ def _classifiers(backbone: Backbone, kind: Pass) -> float:
         F.cross_entropy(net(images), torch.zeros(batch, dtype=torch.int64, device=device)).backward()
 
     def work(batch: int) -> None:
-        works = [lambda look, net=net: [step(net, batch) for _ in range(TABLE_STEPS)] for net in nets]
+        works = [lambda look, net=net: [step(net, batch) for _ in range(steps)] for net in nets]
         list(side_by_side(works, count))
 
-    return _timed(device, kind.batch, work) / TABLE_STEPS / count
+    return _timed(device, kind.batch, work) / steps / count
 
 
 MEASURES: dict[str, Callable[[Backbone, Pass], float]] = {

@@ -13,9 +13,10 @@ from ..config.settings import View
 from ..diffusion.conditions import Conditioner
 from ..diffusion.training import Latents, fit
 from ..store import files
+from ..store.run import STATE
 from .workspace import Workspace
 
-HISTORY, STATE, MICRO_BATCH = "history.json", "state.safetensors", "micro_batch.json"
+HISTORY, MICRO_BATCH = "history.json", "micro_batch.json"
 Probe = Callable[[], Mapping[str, float]]
 
 
@@ -79,8 +80,6 @@ def fit_and_keep(
             bar.set_postfix({name: f"{value:.4f}" for name, value in history[-1].items()})
             bar.update()
     ws.ranks.wait()
-    if ws.ranks.first:
-        (folder / STATE).unlink(missing_ok=True)  # is only needed to go on
     return history
 
 

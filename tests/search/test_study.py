@@ -418,3 +418,14 @@ def test_a_half_done_trial_leaves_no_trace(tmp_path):
     resumed = resume_study(tmp_path / "journal.log", "step 2")
     assert finished_of(resumed) == finished_of(study)[:3] and resumed.ask().number == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [".journal.log.lock", "journal.log"]
+
+
+@pytest.mark.parametrize("line", [b'{"op_code": "none"}\n', b'{"op_bode": 4}\n', b"{}\n", b"[]\n"])
+def test_a_journal_with_a_line_that_is_no_entry_is_begun_anew(tmp_path, line):
+    journal = tmp_path / "journal.log"
+    open_study(journal, "step 2").add_trial(optuna.trial.create_trial(value=0.5))
+    journal.write_bytes(journal.read_bytes() + line)
+    found = resume_study(journal, "step 2")
+    assert len(found.trials) <= 1  # as much as was left of it
+    assert len(open_study(journal, "step 2").trials) == len(found.trials)
+    assert list(tmp_path.glob("journal.log.damaged"))
