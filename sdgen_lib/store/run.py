@@ -330,7 +330,7 @@ def upstream(run_folder: Path, result: Result) -> dict[str, Result]:
 def settings_used(run_folder: Path, result: Result) -> dict[str, Any]:
     """Every setting that ``result`` depends on, with the value that was really used."""
     used: dict[str, Any] = {}
-    for part in upstream(run_folder, result).values():
+    for part in reversed(upstream(run_folder, result).values()):  # what the result itself says comes last
         used |= part.record["settings"]
     return used
 
