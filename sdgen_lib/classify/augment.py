@@ -6,15 +6,20 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import v2
 
 from ..config.messages import unknown_name
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
+def _v2():
+    from torchvision.transforms import v2  # takes a second to import, and most trainings augment nothing
+
+    return v2
+
+
 def _crop_flip(size: tuple[int, int]) -> Transform:
-    return v2.Compose([v2.RandomCrop(size, padding=min(size) // 8), v2.RandomHorizontalFlip()])
+    return _v2().Compose([_v2().RandomCrop(size, padding=min(size) // 8), _v2().RandomHorizontalFlip()])
 
 
 # The height and width of the images -> what is done to each of them, uint8 (3, H, W) -> uint8 (3, H, W).
@@ -22,18 +27,18 @@ OF_AN_IMAGE: dict[str, Callable[[tuple[int, int]], Transform]] = {
     # Zeros around it, a crop of its size, half of them mirrored: He et al. 2016 pad CIFAR's 32 pixels by 4.
     "crop_flip": _crop_flip,
     # Cubuk et al. 2019: two of 14 changes, by the policy that was found on CIFAR-10.
-    "autoaugment": lambda size: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    "autoaugment": lambda size: _v2().AutoAugment(_v2().AutoAugmentPolicy.CIFAR10),
     # Cubuk et al. 2020: two of 14 changes, each as strong as the other.
-    "randaugment": lambda size: v2.RandAugment(num_ops=2, magnitude=9),
+    "randaugment": lambda size: _v2().RandAugment(num_ops=2, magnitude=9),
     # Hendrycks et al. 2020: a mixture of three chains of changes; without their consistency loss.
-    "augmix": lambda size: v2.AugMix(),
+    "augmix": lambda size: _v2().AugMix(),
     # DeVries and Taylor 2017: a grey square of half the side. Theirs may lie partly outside the picture.
-    "cutout": lambda size: v2.RandomErasing(p=1, scale=(0.25, 0.25), ratio=(1, 1), value=127),
+    "cutout": lambda size: _v2().RandomErasing(p=1, scale=(0.25, 0.25), ratio=(1, 1), value=127),
 }
 # Those that mix two images of a batch and their labels in the same proportion, uniform in 0..1.
 OF_A_BATCH: dict[str, Callable[[], Callable]] = {
-    "mixup": lambda: v2.MixUp(alpha=1.0),  # Zhang et al. 2018: the weighted sum of the images
-    "cutmix": lambda: v2.CutMix(alpha=1.0),  # Yun et al. 2019: a rectangle of one in the other
+    "mixup": lambda: _v2().MixUp(alpha=1.0),  # Zhang et al. 2018: the weighted sum of the images
+    "cutmix": lambda: _v2().CutMix(alpha=1.0),  # Yun et al. 2019: a rectangle of one in the other
 }
 AUGMENTATIONS = ("none", *OF_AN_IMAGE, *OF_A_BATCH)
 

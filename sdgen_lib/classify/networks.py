@@ -7,9 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
-from torchvision.ops import StochasticDepth
 
 from ..config.messages import unknown_name
 from ..data import Split
@@ -91,8 +89,11 @@ class TorchvisionNetwork(nn.Module):
     smallest_batch = 2  # its last pictures may have one pixel, and batch normalisation needs two values of a channel
 
     def __init__(self, name: str, num_classes: int, dtype: torch.dtype = torch.float32):
+        from torchvision.models import get_model  # takes seconds to import, and ResNet20 needs none of it
+        from torchvision.ops import StochasticDepth
+
         super().__init__()
-        self.network, self.dtype = torchvision.models.get_model(name, weights=None, num_classes=num_classes), dtype
+        self.network, self.dtype = get_model(name, weights=None, num_classes=num_classes), dtype
         self.draws = any(isinstance(part, nn.Dropout | StochasticDepth) for part in self.modules())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
