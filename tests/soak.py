@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import optuna
 import torch
 
@@ -38,6 +37,7 @@ from sdgen_lib.evaluate.scaling import scaling_work
 from sdgen_lib.machine.passes import total
 from sdgen_lib.store.run import RECORD, read_result
 from sdgen_lib.work import cost
+from tests import small
 
 # What a run is made of, in order; each needs those before it.
 STEPS: dict[str, Callable[[Course], object]] = {
@@ -67,37 +67,8 @@ DAMAGED = (
 )
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 CLOCKS = ("seconds", "generation_seconds", "finished", "sum")  # a record's sum covers its clocks
-SMALL = dict(
-    backbone="tiny",
-    recipe="demo",
-    precision="fp32",
-    transfer_epochs=3,
-    finetune_epochs=2,
-    transfer_batch_size=4,
-    finetune_batch_size=4,
-    sample_batch_size=4,
-    n_trials=6,
-    num_images=6,
-    steps_min=1,
-    steps_max=2,
-    default_steps=2,
-    classifier_width=4,
-    classifier_epochs=4,
-    classifier_batch_size=4,
-    classifier_epoch_images=1,
-    classifier_seeds=2,
-    max_multiple=2,
-)
-
-
-def write_dataset(path: Path) -> None:
-    """Two classes, dark and bright, 8 pixels: 6 images to train on, 4 to validate, 4 to test."""
-    noise, parts = np.random.default_rng(0), {}
-    for part, count in (("train", 6), ("val", 4), ("test", 4)):
-        labels = np.arange(count) % 2
-        parts[f"{part}_labels"] = labels
-        parts[f"{part}_images"] = (noise.integers(0, 100, (count, 8, 8)) + 120 * labels[:, None, None]).astype(np.uint8)
-    np.savez(path, **parts)
+# Longer than other tests' smallest run, so that there is something to go on with.
+SMALL = small.SMALL | dict(transfer_epochs=3, n_trials=6, classifier_epochs=4)
 
 
 # --- a process that may be killed ---
@@ -214,7 +185,7 @@ def place(run: Path, name: str) -> Path:
 def attempts(folder: Path) -> Callable[..., Callable[[], None]]:
     """``attempts(folder)(step, ..)`` -> a function that does these steps of the run in ``folder``."""
     torch.set_num_threads(1)  # a fork inherits no threads, and sums would be in another order
-    write_dataset(folder / "small.npz")
+    small.write_dataset(folder / "small.npz")
     model = backbone.load("tiny", device="cpu", precision="fp32")
 
     def course(runs_dir: Path, **changes) -> Course:

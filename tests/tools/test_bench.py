@@ -16,6 +16,7 @@ from sdgen_lib.diffusion.backbone import Backbone
 from sdgen_lib.diffusion.conditions import Condition
 from sdgen_lib.diffusion.loss import diffusion_loss
 from sdgen_lib.tools import bench, bench_runs, bench_tools
+from tests import small as small_run
 from tests import soak
 
 
@@ -133,7 +134,7 @@ def test_searches_are_compared_seed_by_seed():
 @pytest.fixture
 def small_runs(tmp_path, monkeypatch):
     """Runs of the benchmarks are very small ones in the folder that is returned."""
-    soak.write_dataset(tmp_path / "small.npz")
+    small_run.write_dataset(tmp_path / "small.npz")
     smallest = {**soak.SMALL, "dataset": str(tmp_path / "small.npz"), "runs_dir": str(tmp_path / "runs")}
 
     def small(recipe="demo", backbone="tiny", **given):

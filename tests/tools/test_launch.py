@@ -16,7 +16,7 @@ from sdgen_lib.store import files
 from sdgen_lib.store.blocks import BLOCK
 from sdgen_lib.store.run import RECORD, Run, Step
 from sdgen_lib.tools import launch
-from tests import soak
+from tests import small, soak
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -106,7 +106,7 @@ def words(folder, **changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     found = tmp_path_factory.mktemp("launch")
-    soak.write_dataset(found / "small.npz")
+    small.write_dataset(found / "small.npz")
     return found
 
 
