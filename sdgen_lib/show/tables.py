@@ -74,14 +74,12 @@ def _accuracies(rows: Rows, what: str) -> dict[str, dict[str, str]]:
 
 
 def _how_drawn(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a row samples, in the paper's words; a method without fine-tuning has no epochs."""
     point = row["point"]
-    return {
-        "IS": point["num_inference_steps"],
-        "UGS": round(point["guidance_scale"], 2),
-        "epochs": "/".join(str(point[f"{part}_epoch"] or "-") for part in ("transfer", "finetune")),
-        "images": row["num_images"],
-        "generation s": round(row["seconds"], 1),
-    }
+    epochs = [str(point[name] or "-") for name in ("transfer_epoch", "finetune_epoch") if name in point]
+    found = {"IS": point.get("num_inference_steps"), "UGS": point.get("guidance_scale"), "epochs": "/".join(epochs)}
+    found["UGS"] = None if found["UGS"] is None else round(found["UGS"], 2)
+    return found | {"images": row["num_images"], "generation s": round(row["seconds"], 1)}
 
 
 def _with_published(table: pd.DataFrame, dataset: str, published: pd.DataFrame, what: str) -> pd.DataFrame:

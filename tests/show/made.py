@@ -9,7 +9,7 @@ TUNED = {"num_inference_steps": 12, "guidance_scale": 1.23456, "transfer_epoch":
 
 def cas_row(point, test, **changes):
     """The facts of a row of table 1, as `evaluate.cas` leaves them."""
-    accuracies = {"test": test, "balanced_test": test, "val": test}
+    accuracies = {"test": test, "balanced_test": test, "val": test, "largest_class": 0.9}
     return {"point": point, **accuracies, "seconds": 12.34, "num_images": 500, "select_on": "val", **changes}
 
 

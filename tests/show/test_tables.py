@@ -75,6 +75,7 @@ def test_balanced_accuracy_stands_below_where_the_classes_sizes_matter():
     table = tables.cas_table(rows, "digits")
     assert list(table.index[:2]) == ["CAS %", "balanced CAS %"]
     assert table.loc["balanced CAS %"].tolist() == ["51.0 ± 1.4", "70.0 ± 0.0"]
+    assert table.loc["always the largest class %"].tolist() == ["90.0", "90.0"]
     rows = {"real": scaling_row([0.9], 10) | {"balanced_test": [0.896]}}  # less than a point
     assert list(tables.scaling_table(rows, "digits").index) == ["accuracy %", "training images"]
 
@@ -168,3 +169,8 @@ def test_what_is_there_is_counted_too(counted, finished):
 def test_costs_are_measured(micro, tmp_path):
     table = tables.cost_table(Course(micro(tmp_path)))
     assert all(re.fullmatch(r"[\d.]+ (s|min|h|days)", text) for text in table.to_numpy().flat)
+
+
+def test_a_row_of_a_method_without_epochs():
+    row = cas_row({"num_inference_steps": 2, "guidance_scale": 1.5}, [0.5])
+    assert tables.cas_table({"toy": row}, "digits")["toy"].loc[["IS", "UGS", "epochs"]].tolist() == [2, 1.5, ""]
