@@ -12,6 +12,8 @@ import sdgen_lib
 from sdgen_lib.machine import ranks
 
 WORK = """
+from pathlib import Path
+
 import torch
 from sdgen_lib.machine import ranks
 
@@ -19,7 +21,7 @@ here = ranks.launched()
 total = torch.tensor([here.rank + 1.0, 10.0])
 here.add_up([total])
 here.wait()
-print(f"{here.rank} of {here.count}, first {here.first}: {total.tolist()}", flush=True)
+Path(f"{here.rank}.txt").write_text(f"{here.rank} of {here.count}, first {here.first}: {total.tolist()}")
 """
 
 
@@ -40,9 +42,11 @@ def test_two_processes_add_up(tmp_path):
     launch += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = {**os.environ, "PYTHONPATH": str(Path(sdgen_lib.__file__).parent.parent)}
-    done = subprocess.run([*launch, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launch, str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    said = sorted(line for line in done.stdout.splitlines() if " of " in line)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert said == ["0 of 2, first True: [3.0, 20.0]", "1 of 2, first False: [3.0, 20.0]"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -167,13 +168,14 @@ def test_a_row_that_lacks_what_a_table_shows_is_left_out(made, capsys):
     assert found == {} and others == ["Passed over, unfinished: cifar10/tiny-demo-seed0"]
 
 
-def test_nothing_is_loaded_or_written(finished, capsys, monkeypatch):
+def test_nothing_is_loaded_or_written(finished, tmp_path, capsys, monkeypatch):
     """A real run: neither its data nor its model is read, and its folder stays as it is."""
     monkeypatch.setattr("sdgen_lib.data.load", None)
     monkeypatch.setattr("sdgen_lib.diffusion.backbone.load", None)
-    path = finished.course.run.path
+    path = tmp_path / finished.course.run.path.relative_to(finished.runs_dir)
+    shutil.copytree(finished.course.run.path, path)  # other tests leave their runs beside the finished one
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
-    found, others = printed(finished.runs_dir, capsys)
+    found, others = printed(tmp_path, capsys)
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
     assert len(found) == 2 and others == []
     first, second = found
