@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import datetime
 from collections.abc import Iterable
@@ -43,4 +44,8 @@ def launched() -> Ranks:
     """The processes of this launch, which from now on share their work; `ALONE` if this one was started by hand."""
     # Every process waits for the slowest: as long as it takes.
     state = accelerate.PartialState(cpu=default_device() == "cpu", timeout=datetime.timedelta(days=30))
+    if state.num_processes > 1:
+        # A process that ends without leaving the group may be aborted by the group's own threads, its work done.
+        atexit.unregister(state.destroy_process_group)  # a second call's
+        atexit.register(state.destroy_process_group)
     return Ranks(state.process_index, state.num_processes)

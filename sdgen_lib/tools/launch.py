@@ -13,8 +13,6 @@ import ast
 from collections.abc import Sequence
 from typing import Any
 
-import accelerate
-
 from ..config.settings import Settings, resolve
 from ..course import Course
 from ..evaluate.sets import APART, block_step
@@ -28,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     make(course := Course(settings, ranks), num_blocks)
     if ranks.first:
         print(f"{course.run.path / '5_datasets'} holds the blocks, made by {ranks.count} processes.")
-    accelerate.PartialState().destroy_process_group()
 
 
 def options_of(argv: Sequence[str] | None) -> tuple[Settings, int]:
