@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     command = parser.parse_args(argv[:1]).command
     if command not in COMMANDS:
         parser.error(str(unknown_name("command", command, COMMANDS)))
+    for stream in (sys.stdout, sys.stderr):  # a Windows console or pipe may not know every letter of a name
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     module, _ = COMMANDS[command]
     return importlib.import_module(f".{module}", __package__).main(argv[1:])
 

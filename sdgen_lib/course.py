@@ -31,11 +31,13 @@ class Course:
 
     ``Course(settings)`` loads the data and checks it; the backbone is loaded when first needed. Every step does the
     missing earlier ones first, says so, and returns its result, from the run's folder where it is already there.
+    Raises ValueError where ``num_images`` are too few for the data's classes, and the errors of `Workspace`.
     Attributes: ``settings``, ``workspace``, ``method`` and, of the workspace, ``data``, ``run``, ``backbone``.
     """
 
     def __init__(self, settings: Settings, ranks: Ranks = ALONE):
         self.settings, self.workspace = settings, Workspace(settings, ranks)
+        cas.check_every_class_is_drawn(settings.num_images, self.data.num_classes)
         self.method = ClassEncoderMethod(self.workspace)
 
     def __str__(self) -> str:
@@ -44,6 +46,7 @@ class Course:
         lines = [
             f"dataset   {s.dataset}: {d.num_classes} classes, {len(d.train)} training, {len(d.val)} validation and "
             f"{len(d.test)} test images of {d.image_size}x{d.image_size} pixels",
+            *(f"note      {note}" for note in d.notes),
             f"backbone  {s.backbone}, on {default_device()}",
             f"recipe    {s.recipe}" + (f", with {changed}" if changed else ""),
             f"follows   {followed(s)}",

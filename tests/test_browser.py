@@ -3,6 +3,7 @@
 ``pytest tests/test_browser.py --screenshots DIR`` leaves a picture of each chapter in DIR.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,8 +16,10 @@ import time
 import urllib.request
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
+import strange_names
 from conftest import MICRO
 from test_notebooks import NOTEBOOKS, ROOT
 
@@ -40,7 +43,7 @@ STATE = """() => {
 
 
 def prepare(base, parameters) -> None:
-    """Copies of the chapters without outputs, set to ``parameters``, and JupyterLab's settings."""
+    """Copies of the chapters without outputs, set to ``parameters``."""
     (base / "notebooks").mkdir()
     for path in NOTEBOOKS:
         copy = base / "notebooks" / path.name
@@ -51,6 +54,9 @@ def prepare(base, parameters) -> None:
                 cell.outputs, cell.execution_count = [], None
         notebook.metadata.pop("papermill", None)
         nbformat.write(notebook, copy)
+
+
+def write_settings(base) -> None:
     for name, values in SETTINGS.items():
         file = base / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,12 +82,10 @@ def start(base, port: int, token: str) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=base, env=environment, stdout=log, stderr=log)
 
 
-@pytest.fixture(scope="module")
-def lab(finished, tmp_path_factory):
-    """The address of a JupyterLab over copies of the chapters, set to a copy of the micro run."""
-    base = tmp_path_factory.mktemp("lab")
-    shutil.copytree(finished.runs_dir, base / "runs")
-    prepare(base, {**MICRO, "runs_dir": str(base / "runs")})
+@contextlib.contextmanager
+def serving(base):
+    """The address of a JupyterLab over ``base / "notebooks"``, with a place for a notebook's name in it."""
+    write_settings(base)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -105,6 +109,16 @@ def lab(finished, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def lab(finished, tmp_path_factory):
+    """The address of a JupyterLab over copies of the chapters, set to a copy of the micro run."""
+    base = tmp_path_factory.mktemp("lab")
+    shutil.copytree(finished.runs_dir, base / "runs")
+    prepare(base, {**MICRO, "runs_dir": str(base / "runs")})
+    with serving(base) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as p:
@@ -121,8 +135,11 @@ def page(browser):
     page.close()
 
 
-def run_all(page, address: str, timeout: float = 900) -> None:
-    """Opens a notebook, chooses "Run All Cells" in the menu and waits for the last cell; fails on an error output."""
+def run_all(page, address: str, timeout: float = 900, expected: str | None = None) -> None:
+    """Opens a notebook, chooses "Run All Cells" in the menu and waits for the last cell; fails on an error output.
+
+    ``expected``: what the one error that is meant to come says.
+    """
     page.goto(address)
     page.wait_for_function(f"() => {{ const now = ({STATE})(); return now && now[1] > 3 && now[2]; }}")  # idle, unrun
     page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -130,7 +147,7 @@ def run_all(page, address: str, timeout: float = 900) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         done, cells, idle, errors = page.evaluate(STATE)
-        assert not errors, errors
+        assert all(expected and expected in error for error in errors), errors
         if idle and done == cells:
             return
         page.wait_for_timeout(200)
@@ -231,3 +248,95 @@ def screenshot(page, path: str) -> None:
     page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollTo(0, 0)")
     page.wait_for_timeout(500)
     page.screenshot(path=path)
+
+
+# --- names from a stranger's data ---
+
+CELLS = (
+    """
+from sdgen_lib import data
+from sdgen_lib.show import explore, explore_classes, figures
+
+real = data.load("odd.npz")
+names = real.class_names
+figures.by_class(real.train.images, real.train.labels, names, max_classes=99)
+""",
+    """
+import torch
+from sdgen_lib.diffusion import backbone
+from sdgen_lib.diffusion.conditions import ContextTable
+
+model = backbone.load("tiny", device="cpu")
+contexts = model.text_context(list(names) + [""])
+explore.DenoisingExplorer(model, ContextTable(contexts[:-1], contexts[-1]), names, num_inference_steps=2)
+""",
+    """
+truth = torch.arange(len(names)) % 2 == 0
+asked = explore_classes.Questions(real.test.images, truth, ~truth, real.test.labels)
+explore_classes.Quiz(asked, 0.5, names)
+""",
+    """
+explore_classes.Confusion({names[0]: (real.test.labels + 1) % len(names)}, real.test, names)
+""",
+    """
+import pandas as pd
+
+pd.DataFrame({name: names for name in names}, index=names)
+""",
+    """
+raise ValueError(f"one_line_first: {names}")
+""",
+)
+# What the page must not hold: a picture, script or formula that a name made.
+MADE_BY_NAMES = """() => [
+  window.hacked, document.querySelectorAll('img[src=x]').length,
+  document.querySelectorAll('.jp-OutputArea script, .jp-OutputArea a[href^="javascript"]').length,
+  document.querySelectorAll('.jp-OutputArea mjx-container, .jp-OutputArea .MathJax').length,
+]"""
+
+
+def test_names_are_shown_and_never_run(browser, page, tmp_path):
+    """A small notebook on a dataset whose classes are called by markup and formulas; its widgets are all moved."""
+    names, count = strange_names.SEEN, len(strange_names.SEEN)
+    arrays = {"class_names": np.array(names)}
+    for part in ("train", "val", "test"):
+        arrays |= {f"{part}_labels": np.arange(count), f"{part}_images": np.full((count, 8, 8), 128, np.uint8)}
+    (tmp_path / "notebooks").mkdir()
+    np.savez(tmp_path / "notebooks" / "odd.npz", **arrays)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text.strip()) for text in CELLS])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}  # else the page asks for one
+    nbformat.write(notebook, tmp_path / "notebooks" / "odd.ipynb")
+    dialogs, broken = [], []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    with serving(tmp_path) as address:
+        run_all(page, address.format("odd.ipynb"), expected="one_line_first")
+        denoising, who = cell(page, "DenoisingExplorer("), cell(page, "DenoisingExplorer(").locator("select")
+        assert who.locator("option").all_text_contents() == [name.replace(" ", "\xa0") for name in names]
+        image = denoising.locator(".widget-image")
+        for k in (1, 0):
+            source = image.get_attribute("src")
+            who.select_option(index=k)
+            page.wait_for_function("([image, old]) => image.src !== old", arg=[image.element_handle(), source])
+        quiz = cell(page, "Quiz(")
+        for number in range(1, count + 1):
+            quiz.get_by_role("button", name="real").click()
+            words = quiz.get_by_text(re.compile(rf"You: \d+ of {number}\."))
+            words.wait_for()
+            assert f"class {names[number - 1]}. The classifier" in words.inner_text()
+        confusion = cell(page, "Confusion(")
+        buttons = confusion.locator(".widget-gridbox button")
+        for k in range(buttons.count()):
+            true, said = re.fullmatch(r"(.+) taken for (.+): 1", buttons.nth(k).get_attribute("title")).groups()
+            buttons.nth(k).click()
+            text = f"{names[0]}: 1 images of class {true} taken for {said}:"
+            page.wait_for_function(
+                "([cell, text]) => cell.querySelector('.widget-html-content').textContent === text",
+                arg=[confusion.element_handle(), text],
+            )
+        table = cell(page, "pd.DataFrame(").locator("table")
+        heads = [text.strip() for text in table.locator("thead th").all_text_contents()]
+        assert heads[1:] == list(names)
+        assert page.evaluate(MADE_BY_NAMES) == [None, 0, 0, 0]
+        assert dialogs == [] and broken == []
+        shut_down(page)

@@ -14,6 +14,7 @@ from sdgen_lib.classify import scores
 from sdgen_lib.config.settings import resolve
 from sdgen_lib.course import ROWS, Course, Point
 from sdgen_lib.diffusion import backbone, generator
+from sdgen_lib.diffusion.generate import balanced_labels
 from sdgen_lib.evaluate import rows as evaluate_rows
 from sdgen_lib.evaluate import scaling, sets
 from sdgen_lib.methods import class_encoder
@@ -366,6 +367,16 @@ def test_wrong_data_stops_before_anything_is_made(micro, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_fewer_images_than_classes_are_refused(micro, tmp_path):
+    """A CAS of such a set would measure classes that were never drawn."""
+    line = r"^num_images is 9 and the data has 10 classes: give 10 or more\.$"
+    with pytest.raises(ValueError, match=line):
+        Course(micro(tmp_path, num_images=9))
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    course = Course(micro(tmp_path, num_images=10))
+    assert balanced_labels(course.settings.num_images, 10).unique().tolist() == list(range(10))
+
+
 def test_the_released_recipe_from_end_to_end(micro, tmp_path):
     """Its Class-Encoder, classifier, searches and sets, on the tiny model with small numbers."""
     few = dict(n_trials=3, n_trials_retune=2, num_images=20, transfer_epochs=1)
@@ -428,7 +439,9 @@ def test_lora_from_end_to_end(small, tmp_path):
 
 def test_the_unet_is_compiled_where_that_pays(micro, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(backbone.Backbone, "compile_unet", lambda self, batch: asked.append((batch, self.unet.dtype)))
+    monkeypatch.setattr(
+        backbone.Backbone, "compile_unet", lambda self, batch, *_: asked.append((batch, self.unet.dtype))
+    )
     point, labels = Point(2, 2.0, 1), torch.arange(9) % 10
     auto = Course(micro(tmp_path, sample_batch_size=8))
     auto.draw(point, labels, "any")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sdgen_lib"
 # Each imports only from those before it; `course` is one module, the others are packages.
 ROOMS = (
-    *("config", "machine", "data", "diffusion", "store", "classify", "search", "work"),
+    *("config", "machine", "store", "data", "diffusion", "classify", "search", "work"),
     *("methods", "evaluate", "course", "show", "share", "tools"),
 )
 # The package's own face, the command line and its older forms: no room imports them.

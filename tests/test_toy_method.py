@@ -1,13 +1,15 @@
 """A new method is one conditioner and one source: tables, sets, exports and estimates take it as it is."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from sdgen_lib.diffusion.conditions import Condition, ContextTable
 from sdgen_lib.diffusion.generator import LatentGenerator
-from sdgen_lib.evaluate import cas, scaling, sets
+from sdgen_lib.evaluate import cas, rows, scaling, sets
 from sdgen_lib.share import export
 from sdgen_lib.store import files
 from sdgen_lib.store.run import Step
@@ -79,3 +81,52 @@ def test_its_conditioner_says_something_else_for_each_image(small, tmp_path):
     generator = LatentGenerator(ws.backbone, Indexed(), ws.data.class_names, 1, 1.0, batch_size=4)
     generator([0, 1, 1, 0, 1], seed=7, first_index=10)
     assert asked == [([0, 1, 1, 0], [10, 11, 12, 13], 7), ([1], [14], 7)]
+
+
+def test_two_sources_that_read_the_same_are_not_mistaken_for_each_other(small, tmp_path):
+    """By name or by version: neither rows nor blocks are shared."""
+    ws = small(tmp_path).workspace
+    toy = Prompts(ws).source()
+    others = [
+        dataclasses.replace(toy, step=dataclasses.replace(toy.step, name="generator/other")),
+        dataclasses.replace(toy, step=dataclasses.replace(toy.step, version=2)),
+    ]
+    for step_of in (lambda source: cas.cas_step(ws, source), lambda source: sets.block_step(ws, source, 1)):
+        assert len({ws.run.fingerprint(step_of(source)) for source in (toy, *others)}) == 3
+
+
+def test_a_generator_without_a_unet_of_its_own_draws_with_the_pretrained_one(small, tmp_path):
+    """Whatever was put in place before."""
+    ws = small(tmp_path).workspace
+    generator = Prompts(ws).generator()
+    expected = generator([0, 1])
+    ws.backbone.put_unet("louder", lambda: {k: 1.2 * v for k, v in ws.backbone.unet.state_dict().items()})
+    assert torch.equal(generator([0, 1]), expected)
+
+
+def test_a_source_need_not_declare_the_seed(small, tmp_path):
+    ws = small(tmp_path).workspace
+    source = Prompts(ws).source()
+    source = dataclasses.replace(source, step=dataclasses.replace(source.step, topics=()))
+    assert len(sets.synthetic(ws, source, 1)) == 6
+
+
+def test_a_row_is_told_by_its_options_its_images_and_its_tests(small, tmp_path):
+    ws = small(tmp_path).workspace
+
+    def fingerprint(num_images=6, **options):
+        return ws.run.fingerprint(rows.row_step(ws, "table_3/mix", None, num_images, **options))
+
+    inverted = dataclasses.replace(ws.data.test, images=255 - ws.data.test.images)
+    told = [
+        fingerprint(),
+        fingerprint(num_images=7),
+        fingerprint(options={"width": 8}),
+        fingerprint(options={"dtype": torch.float32}),
+        fingerprint(inputs={"network": "a"}, options={"network": "resnet18"}),
+        fingerprint(inputs={"network": "b"}, options={"network": "resnet18"}),
+        fingerprint(tests={"inverted": inverted}),
+    ]
+    assert len(set(told)) == len(told)
+    with pytest.raises(ValueError, match='"test" is the name'):
+        fingerprint(tests={"test": inverted})

@@ -19,6 +19,7 @@ from .augment import Augmentation, probabilities
 from .mixtures import Batches, Mixture
 from .networks import accuracy, build
 
+LOWEST_RATE = 1e-5  # a plateau lowers the learning rate no further (the paper's released code, `min_lr`)
 _random_state = threading.Lock()  # torch's global random numbers are one for all threads
 
 
@@ -127,6 +128,24 @@ def _epoch(optimisation: _Optimisation, batches: Iterable[torch.Tensor], taken: 
     return taken
 
 
+def _plateau(optimizer: torch.optim.Optimizer, patience: int) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+    """Lowers the learning rate as Keras' callback of that name does, which the paper's released code trains with.
+
+    After ``patience`` epochs without a better one the next has a tenth of the rate, and the count begins again.
+    Better is more than 1e-4 above the best so far. torch's own count is one longer, and its 1e-4 a share of the best.
+    """
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer,
+        mode="max",
+        factor=0.1,
+        patience=max(patience, 1) - 1,
+        threshold=1e-4,
+        threshold_mode="abs",
+        min_lr=LOWEST_RATE,
+        eps=0.0,
+    )
+
+
 def _best_of(
     optimisation: _Optimisation,
     batches: Batches,
@@ -141,9 +160,7 @@ def _best_of(
 ) -> list[float]:
     """Trains the model and leaves it with the weights of its best epoch; returns each epoch's validation accuracy."""
     model = optimisation.model
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimisation.optimizer, mode="max", factor=0.1, patience=plateau_patience
-    )
+    plateau = _plateau(optimisation.optimizer, plateau_patience)
     best, best_epoch, history, taken = copy.deepcopy(model.state_dict()), 0, [], 0
     if steps is not None:
         epochs = math.ceil(steps / len(batches))
@@ -190,12 +207,14 @@ def train_classifier(
 
     Args:
         training: real or generated images, or a mixture of such sets.
-        val: real images; they set the learning rate's plateaus (factor 0.1) and the early stopping.
+        val: real images. Their accuracy lowers the learning rate and ends the training, both as Keras counts.
         network: one of `networks.NETWORKS`; ``width`` and ``shortcut`` are of "resnet20" alone.
         augmentation: one of `augment.AUGMENTATIONS`, or several, as "crop_flip+mixup".
         epochs: at most so many.
         steps: instead of ``epochs``, exactly so many steps of the optimiser, without early stopping. The validation
             accuracy is measured at the end of each epoch and after the last step.
+        plateau_patience: after so many epochs without a better one the learning rate is a tenth, but at least 1e-5.
+        stop_patience: after so many epochs without a better one the training ends.
         epoch_images: an epoch sees every image; those of a set smaller than this several times, so that small sets
             are not also trained for fewer steps.
         epoch_limit: an epoch ends after so many images, and the next one goes on from there, so that large sets cost

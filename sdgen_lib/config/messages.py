@@ -34,20 +34,32 @@ def unknown_name(what: str, name: object, allowed: Iterable[str]) -> ValueError:
 def one_line_first() -> None:
     """Makes this notebook show the errors that this package raises with their message first, the frames below.
 
-    Errors of other packages look as before. Outside of IPython it does nothing.
+    Errors of other packages look as before, also where somebody else has set how some errors are shown. Outside of
+    IPython it does nothing.
     """
     try:
         from IPython import get_ipython
     except ImportError:
         return
-    if shell := get_ipython():
-        shell.set_custom_exc((Exception,), _show)
+    shell = get_ipython()
+    if shell is None or getattr(shell.CustomTB, "shows_sdgens", False):  # this cell has run before
+        return
+    kinds, others = shell.custom_exceptions, shell.CustomTB  # nobody's, or somebody else's
+
+    def show(shell, kind: type[Exception], error: Exception, frames, tb_offset: int | None = None) -> list[str] | None:
+        """Displays ``error`` in the notebook; IPython calls it."""
+        if _is_ours(frames):
+            details = [line.rstrip() for line in traceback.format_tb(frames)[1:]]  # the first frame is IPython's
+            text = [f"{kind.__name__}: {error}", "", "Where it was noticed:", *details]
+            error._render_traceback_ = lambda: text  # what IPython asks an error for
+        elif isinstance(error, kinds):
+            return others(kind, error, frames, tb_offset=tb_offset)
+        return shell.showtraceback((kind, error, frames), tb_offset=tb_offset, running_compiled_code=True)
+
+    shell.set_custom_exc((Exception, *kinds), show)
+    shell.CustomTB.__func__.shows_sdgens = True
 
 
-def _show(shell, kind: type[Exception], error: Exception, frames, tb_offset: int | None = None) -> None:
-    """Displays ``error`` in the notebook; IPython calls it."""
-    if Path(traceback.extract_tb(frames)[-1].filename).is_relative_to(PACKAGE):
-        details = [line.rstrip() for line in traceback.format_tb(frames)[1:]]  # the first frame is IPython's
-        text = [f"{kind.__name__}: {error}", "", "Where it was noticed:", *details]
-        error._render_traceback_ = lambda: text  # what IPython asks an error for
-    shell.showtraceback((kind, error, frames), tb_offset=tb_offset)
+def _is_ours(frames) -> bool:
+    """Whether a traceback ends in this package."""
+    return Path(traceback.extract_tb(frames)[-1].filename).is_relative_to(PACKAGE)

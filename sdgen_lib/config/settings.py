@@ -406,7 +406,12 @@ def _checked(name: str, value: Any) -> Any:
     if kind == "str":
         text = str(value) if isinstance(value, (str, Path)) else ""
         if not text.strip() or len(text) > 1000 or not text.isprintable():
-            raise ValueError(f"{name} must be {known['what']}{or_none}, of printable characters, not {shown(value)}.")
+            hint = ""
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                hint = f" papermill's -p makes numbers of such names: give -r {name} {shown(value)}."
+            raise ValueError(
+                f"{name} must be {known['what']}{or_none}, of printable characters, not {shown(value)}.{hint}"
+            )
         return text
     if kind == "bool":
         if not isinstance(value, bool):

@@ -29,7 +29,7 @@ class Split:
         """SHA-256 of the images and labels, 64 hex digits."""
         digest = hashlib.sha256()
         _add(digest, "images", self.images, "u1")
-        _add(digest, "labels", self.labels, "<i8")
+        _add(digest, "labels", self.labels, "<f4" if self.labels.is_floating_point() else "<i8")
         return digest.hexdigest()
 
     def take(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Split:
@@ -40,7 +40,10 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A dataset in three splits; ``name`` is as it was asked for, ``slug`` is its name as a folder."""
+    """A dataset in three splits; ``name`` is as it was asked for, ``slug`` is its name as a folder.
+
+    ``notes``: what of its folder was not taken, or was taken in a way that may surprise; one line each.
+    """
 
     name: str
     slug: str
@@ -48,6 +51,7 @@ class ImageData:
     train: Split
     val: Split
     test: Split
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -67,7 +71,7 @@ class ImageData:
     def fingerprint(self) -> str:
         """SHA-256 of the content, 64 hex digits: the class names, then each split's images and labels.
 
-        The name, the slug and where the data came from are not part of it.
+        The name, the slug, the notes and where the data came from are not part of it.
         """
         digest = hashlib.sha256(json.dumps(self.class_names).encode() + b"\n")
         for name in ("train", "val", "test"):

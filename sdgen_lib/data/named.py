@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .readers import Parts
+from .parts import Parts
 
 CIFAR = ("cifar10", "cifar100")
 MEDMNIST = (
@@ -43,6 +43,14 @@ MEDMNIST_SUFFIXES = ("", "_64", "_128", "_224")  # medmnist's own file names: no
 def names() -> list[str]:
     """Every name that `read` knows."""
     return ["digits", *CIFAR, *(flag + suffix for flag in MEDMNIST for suffix in MEDMNIST_SUFFIXES)]
+
+
+def known(text: str) -> str | None:
+    """The one of `names()` that a text means, in small or capital letters; ``pathmnist_28`` is ``pathmnist``."""
+    name = text.lower()
+    if name.removesuffix("_28") in MEDMNIST:
+        name = name.removesuffix("_28")
+    return name if name in names() else None
 
 
 def read(name: str) -> tuple[tuple[str, ...], Parts]:

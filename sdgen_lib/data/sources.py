@@ -1,41 +1,56 @@
 """A dataset from what was asked for: a name, a MedMNIST-style ``.npz`` file or a folder, as one `ImageData`.
 
-The named datasets are read by `named`, files and folders by `readers`; the missing splits are made by `splits`.
+The named datasets are read by `named`, files by `npz`, folders by `folders`; the missing splits are made by `splits`.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..config.messages import shown, unknown_name
-from . import named, readers, splits
+from . import named, splits
+from .folders import read_folder
 from .images import ImageData, Split, resize
+from .npz import read_npz
+from .parts import Found, Parts
 
 DIGITS_SIZE, FOLDER_SIZE = 16, 32  # pixels
 IMAGE_SIZES = range(8, 1025)
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
 
 def load(
-    dataset: str | os.PathLike, image_size: int | None = None, seed: int = 0, base_dir: Path | None = None
+    dataset: str | os.PathLike,
+    image_size: int | None = None,
+    seed: int = 0,
+    base_dir: Path | None = None,
+    keep_in: Path | None = None,
 ) -> ImageData:
     """Load a dataset as uint8 RGB images ``(N, 3, H, W)``, int64 labels ``(N,)`` and class names.
 
     Args:
         dataset: one of `named.names()` (a name wins over a folder called the same: write ``./digits`` for
             the folder), or the path of an ``.npz`` file (MedMNIST's layout) or of a folder (one
-            sub-folder of images per class, or these inside ``train/``, ``test/`` and maybe ``val/``).
+            sub-folder of images per class, or these inside ``train/``, ``test/`` and maybe ``val/``, or as
+            else these are called, see `folders.SPLITS`).
             ``:N`` after it, as in ``digits:200``, keeps N training images, in the classes' proportions.
+            What is an existing path with all that stands in it is that path, and not a path and ``:N``.
         image_size: side in pixels; None is the dataset's own: 16 for ``digits`` (8x8 scans, enlarged
             bilinearly), 32 for a folder, and for everything else the size it is stored in.
         seed: picks the validation images where the source has no such split, and the N kept images.
             The test images never depend on it, so results over seeds compare.
         base_dir: a relative path that does not exist in the working directory is looked for here;
             None where there is no such folder (see `checkout`).
+        keep_in: a folder where the decoded pictures of a folder are kept, so that they are decoded once; None: they
+            are not kept.
+
+    What of a folder was passed over, or may not be as it was meant, is warned of, and is in the data's ``notes``.
 
     Raises:
         TypeError: `dataset` is neither text nor a path.
@@ -44,11 +59,14 @@ def load(
         ConnectionError: a download failed; says where to put the files by hand.
     """
     _check_arguments(dataset, image_size)
-    name, count = _split_count(os.fspath(dataset), base_dir)
-    slug, class_names, parts, default_size = _read(name, image_size, base_dir)
-    val_fraction = splits.CIFAR_VAL_FRACTION if slug in named.CIFAR else splits.VAL_FRACTION
-    data = ImageData(os.fspath(dataset), slug, class_names, **splits.three_splits(parts, seed, val_fraction))
+    name, count = split_count(os.fspath(dataset), base_dir)
+    found, default_size = _read(name, image_size, base_dir, keep_in)
+    val_fraction = splits.CIFAR_VAL_FRACTION if found.slug in named.CIFAR else splits.VAL_FRACTION
+    three = splits.three_splits(found.parts, seed, val_fraction)
+    data = ImageData(os.fspath(dataset), found.slug, found.class_names, **three, notes=found.notes)
     _check_classes(data, name)
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
     if count is not None:
         data = splits.keep(data, count, seed, name)
     size = image_size or default_size
@@ -73,41 +91,44 @@ def checkout() -> Path | None:
 def _check_arguments(dataset, image_size) -> None:
     if not isinstance(dataset, (str, os.PathLike)):
         known = ", ".join(["digits", *named.CIFAR, *named.MEDMNIST])
+        is_number = isinstance(dataset, (int, float)) and not isinstance(dataset, bool)
+        hint = f" For a folder called so: './{dataset}', or papermill's -r dataset {dataset}." if is_number else ""
         raise TypeError(
-            f"dataset is {dataset!r}; it must be text: a name ({known}), or the path of a .npz file or of a folder."
+            f"dataset is {shown(dataset)}; it must be text: a name ({known}), or the path of a .npz file or of a "
+            f"folder.{hint}"
         )
     if image_size is not None and (type(image_size) is not int or image_size not in IMAGE_SIZES):
         raise ValueError(f"image_size is {image_size!r}; it must be a whole number from 8 to 1024, or None.")
 
 
-def _split_count(text: str, base_dir: Path | None) -> tuple[str, int | None]:
-    """``"digits:200"`` -> ``("digits", 200)``; ``"digits"`` -> ``("digits", None)``."""
+def split_count(text: str, base_dir: Path | None) -> tuple[str, int | None]:
+    """``"digits:200"`` -> ``("digits", 200)``; ``"digits"`` and the path ``"photos 12:30"`` -> themselves and None."""
     name, colon, count = text.rpartition(":")
-    if not colon:
+    is_name = named.known(name) is not None
+    if not colon or (not is_name and _exists(text, base_dir)):
         return text, None
     if re.fullmatch(r"[0-9]{1,18}", count):
         return name, int(count)
-    if name.lower() in named.names() or (name and any(place.exists() for place in _places(name, base_dir))):
+    if is_name or _exists(name, base_dir):
         raise ValueError(
             f"{text!r} asks for {count!r} training images; write a whole number after the colon, as in '{name}:200'."
         )
     return text, None
 
 
-def _read(name: str, image_size: int | None, base_dir: Path | None) -> tuple[str, tuple[str, ...], readers.Parts, int]:
-    """(slug, class names, parts, the dataset's own image size) of a name, a file or a folder."""
-    slug = name.lower()
-    if slug in named.names():
-        class_names, parts = named.read(slug)
-        return slug, class_names, parts, DIGITS_SIZE if slug == "digits" else _side(parts)
+def _read(name: str, image_size: int | None, base_dir: Path | None, keep_in: Path | None) -> tuple[Found, int]:
+    """What a name, a file or a folder holds, and its own image size."""
+    if (slug := named.known(name)) is not None:
+        found = Found(slug, *named.read(slug))
+        return found, DIGITS_SIZE if slug == "digits" else _side(found.parts)
     path = _find(name, base_dir)
     if path.is_dir():
-        return *readers.read_folder(path, image_size or FOLDER_SIZE), FOLDER_SIZE
-    slug, class_names, parts = readers.read_npz(path)
-    return slug, class_names, parts, _side(parts)
+        return read_folder(path, image_size or FOLDER_SIZE, keep_in), FOLDER_SIZE
+    found = read_npz(path)
+    return found, _side(found.parts)
 
 
-def _side(parts: readers.Parts) -> int:
+def _side(parts: Parts) -> int:
     """Height (= width) of the training images in pixels."""
     return parts["train"][0].shape[1]
 
@@ -120,6 +141,10 @@ def _places(name: str, base_dir: Path | None) -> list[Path]:
     return [path.absolute()] + ([(Path(base_dir) / path).absolute()] if base_dir is not None else [])
 
 
+def _exists(name: str, base_dir: Path | None) -> bool:
+    return bool(name) and any(map(os.path.exists, _places(name, base_dir)))
+
+
 def _find(name: str, base_dir: Path | None) -> Path:
     """The existing file or folder that `name` means."""
     if reason := named.refusal(re.sub(r"_(28|64|128|224)$", "", name.lower())):
@@ -128,15 +153,17 @@ def _find(name: str, base_dir: Path | None) -> Path:
             "such as 'pathmnist'."
         )
     places = list(dict.fromkeys(_places(name, base_dir))) if name else []
-    for place in places:
-        if place.is_dir() or (place.is_file() and place.suffix == ".npz"):
+    for place in places:  # os.path and not Path: a name too long for a file is no path, and no error
+        if os.path.isdir(place) or (os.path.isfile(place) and place.suffix.lower() == ".npz"):
             return place
-        if place.exists():
-            raise ValueError(f"{place} is neither a folder nor a .npz file; a dataset must be one of the two.")
-    if name.startswith((".", "~")) or name.endswith(".npz") or "/" in name or os.sep in name:
-        tried = " or ".join(map(str, places))
+        if os.path.exists(place):
+            hint = " (unpack an archive first)" if place.suffix.lower() in ARCHIVES else ""
+            raise ValueError(f"{place} is neither a folder nor a .npz file; a dataset must be one of the two{hint}.")
+    tried = shown(" or ".join(map(str, places)), 1000)[1:-1]
+    if name.startswith((".", "~")) or name.lower().endswith(".npz") or "/" in name or os.sep in name:
         raise FileNotFoundError(f"No file or folder at {tried}; correct the path {shown(name)}.")
-    raise unknown_name("dataset", name, named.names())
+    also = f" Or the path of a folder or of a .npz file: there is none at {tried}." if places else ""
+    raise ValueError(f"{unknown_name('dataset', name, named.names())}{also}")
 
 
 def _check_classes(data: ImageData, name: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .images import ImageData, Split
-from .readers import Parts
+from .parts import Parts
 
 TEST_FRACTION = 0.25  # of all the images
 VAL_FRACTION, CIFAR_VAL_FRACTION = 0.15, 0.2  # of those for training

@@ -75,7 +75,7 @@ class Backbone:
         if self.device == "cpu" and self.dtype == torch.bfloat16:
             # PyTorch's fused attention is slow here, its backward pass most: three plain products beat it (`bench`).
             self.unet.set_attn_processor(AttnProcessor())
-        self._fast: dict[int, Callable | None] = {}  # by number of latents
+        self._fast: dict[tuple[int, int], Callable | None] = {}  # by numbers of latents and tokens
         self._micro_batches: dict[tuple[str, int], MicroBatch] = {}
         self.unet_key: str | None = PRETRAINED  # which weights the UNet holds; None: some that nobody named
 
@@ -122,8 +122,9 @@ class Backbone:
         return self._predict(self.unet, latents, t, condition)
 
     def predict_compiled(self, latents: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """As `predict_noise` without gradients, by the compiled UNet if it `is_compiled_for` B latents."""
-        fast = self._fast[len(latents)] if self.is_compiled_for(len(latents)) else None
+        """As `predict_noise` without gradients, by the compiled UNet if it `is_compiled_for` latents and context."""
+        sizes = len(latents), condition.context.shape[1]
+        fast = self._fast[sizes] if self.is_compiled_for(*sizes) else None
         return self._predict(fast or self.unet, latents, t, condition)
 
     def _predict(self, unet: Callable, latents: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -140,21 +141,23 @@ class Backbone:
         alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * predicted.float() + (1 - alpha_bar).sqrt() * latents
 
-    def compile_unet(self, batch: int) -> None:
+    def compile_unet(self, batch: int, tokens: int | None = None) -> None:
         """Makes `predict_compiled` pass ``batch`` latents at once, no more and no fewer, through a compiled UNet.
 
-        Each number of latents would be compiled anew. Two CPU cores take 40 s for the tiny model, seconds in
-        later processes, and then pass it 1.5 times as fast; Stable Diffusion's UNet they pass more slowly.
+        ``tokens``: of their contexts (None: as many as the text encoder's have). Each other number would be compiled
+        anew. Two CPU cores take 40 s for the tiny model, seconds in later processes, and then pass it 1.5 times as
+        fast; Stable Diffusion's UNet they pass more slowly.
         """
-        if batch not in self._fast:
+        sizes = batch, tokens or self.tokens
+        if sizes not in self._fast:
             latents = torch.zeros(batch, *self.latent_shape, device=self.device, dtype=self.dtype)
             t = torch.zeros(batch, dtype=torch.int64, device=self.device)
-            context = torch.zeros(batch, self.tokens, self.width, device=self.device, dtype=self.dtype)
-            self._fast[batch] = compiled(self.unet, latents, t, encoder_hidden_states=context)
+            context = torch.zeros(*sizes, self.width, device=self.device, dtype=self.dtype)
+            self._fast[sizes] = compiled(self.unet, latents, t, encoder_hidden_states=context)
 
-    def is_compiled_for(self, batch: int) -> bool:
-        """Whether `compile_unet` made a UNet for ``batch`` latents, for weights of the kind that are there."""
-        return self._fast.get(batch) is not None and self.unet.dtype == self.dtype
+    def is_compiled_for(self, batch: int, tokens: int | None = None) -> bool:
+        """Whether `compile_unet` made a UNet for such latents and contexts, for weights of the kind that are there."""
+        return self._fast.get((batch, tokens or self.tokens)) is not None and self.unet.dtype == self.dtype
 
     def one_context(self) -> OneContext:
         """For passes that are all given the same context (see `OneContext`)."""

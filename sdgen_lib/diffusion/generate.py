@@ -41,7 +41,8 @@ def generate_latents(
     """
     if sampler not in SAMPLERS:
         raise unknown_name("sampler", sampler, SAMPLERS)
-    compiled = compiled and backbone.is_compiled_for(passes_per_step(guidance_scale) * len(noise))
+    at_once, tokens = passes_per_step(guidance_scale) * len(noise), condition.context.shape[1]
+    compiled = compiled and backbone.is_compiled_for(at_once, tokens)
     predict = backbone.predict_compiled if compiled else backbone.predict_noise
     # A compiled UNet stays whole: its cross-attention is compiled with the rest.
     one_context = contextlib.nullcontext() if compiled else backbone.one_context()

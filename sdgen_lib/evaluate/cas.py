@@ -13,6 +13,14 @@ from ..work.workspace import Source, Workspace
 from .rows import Training, row_step
 
 
+def check_every_class_is_drawn(num_images: int, num_classes: int) -> None:
+    """Raises ValueError where ``num_images`` images, uniform over the classes, would leave some class out."""
+    if num_images < num_classes:
+        raise ValueError(
+            f"num_images is {num_images} and the data has {num_classes} classes: give {num_classes} or more."
+        )
+
+
 def cas_step(ws: Workspace, source: Source) -> Step:
     """The step of a generator's row of table 1: ``num_images`` images, uniform over classes, from noise of no trial."""
     s = ws.settings
@@ -35,7 +43,7 @@ def cas_step(ws: Workspace, source: Source) -> Step:
         needs=source.step.needs,
         topics=("cas", *source.step.topics),
         roots=source.step.roots,
-        inputs=source.step.inputs,
+        inputs=source.inputs(),
         before=lambda: source.passes(s.num_images),
     )
 

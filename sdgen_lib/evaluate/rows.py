@@ -27,6 +27,7 @@ from ..store.run import Step
 from ..work.workspace import Workspace, classifier_options, classifier_work
 
 PREDICTED = "predicted.safetensors"
+ROW_VERSION = 2  # raised whenever the same settings would train other classifiers
 ROW_TOPICS = ("classifier", "table", "precision", "seed")
 
 
@@ -56,10 +57,13 @@ def row_step(
     """The step of one row, ``name`` of a table ("table_2/x1").
 
     ``training(settings)``: called when the row is made; ``num_images``: how many it holds. ``needs``, ``topics``,
-    ``roots`` and ``inputs``: what it depends on beside the classifier's own settings. ``options``: of
+    ``roots`` and ``inputs``: what it depends on beside the classifier's own settings, the ratio and the weights of a
+    mixture among them. ``options``: of
     `classify.train_classifier` (network, augmentation, steps), over the settings'. ``tests``: named test sets beside
     the data's own, which is "test". ``before()``: what is done before the classifiers, for the estimate.
     """
+    if "test" in (tests or {}):
+        raise ValueError('"test" is the name of the data\'s own test images: give the other test set another name.')
     options, tests = dict(options or {}), {"test": ws.data.test, **(tests or {})}
 
     def make(folder: Path, s: View) -> dict[str, Any]:
@@ -76,17 +80,27 @@ def row_step(
         trained = classifier_work(s, num_images, pixels, classes, s.classifier_seeds)
         return {**(before() if before else {}), **trained}
 
-    others = {test: split.fingerprint for test, split in tests.items() if test != "test"}
     return Step(
         name,
         make,
         topics=(*ROW_TOPICS, *topics),
         needs=needs,
         roots=tuple(dict.fromkeys(("data", *roots))),
-        inputs={**(inputs or {}), **options, **({"tests": others} if others else {})},
+        inputs={
+            **(inputs or {}),
+            "num_images": num_images,
+            "options": {name: value if _is_plain(value) else str(value) for name, value in options.items()},
+            "tests": {test: split.fingerprint for test, split in tests.items() if test != "test"},
+        },
+        version=ROW_VERSION,
         work=work,
         title=title,
     )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold it as it is (a dtype, say, goes by its name)."""
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def scores(

@@ -46,10 +46,10 @@ def block_step(ws: Workspace, source: Source, block: int) -> Step:
     return Step(
         f"5_datasets/block_{block:02d}",
         make,
-        topics=("set", *source.step.topics),
+        topics=("set", "seed", *source.step.topics),
         needs=source.step.needs,
         roots=tuple(dict.fromkeys(("data", *source.step.roots))),
-        inputs={"block": block, **source.step.inputs},
+        inputs={"block": block, **source.inputs()},
         work=lambda: source.passes(len(ws.data.train)),
         together=True,
     )

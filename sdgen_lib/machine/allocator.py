@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
 
@@ -14,7 +15,9 @@ def keep_freed_memory() -> None:
     glibc gives it back, and every batch would have the kernel clear the same pages anew: in chapter 03's process 8.7
     million page faults and 16 s of system time, against 0.4 million and 2 s.
     """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, 2**30)  # bytes free at the heap's end before it is made shorter
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # larger blocks come and go one by one; glibc itself works up to this
+    # Windows has no such library to ask, musl no such function, and some programs' own file cannot be read.
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        if platform.libc_ver()[0] == "glibc":
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_TRIM_THRESHOLD, 2**30)  # bytes free at the heap's end before it is made shorter
+            mallopt(M_MMAP_THRESHOLD, 2**25)  # larger blocks come and go one by one; glibc itself works up to this

@@ -56,7 +56,7 @@ def as_device(device: str | torch.device | None = None) -> str:
 def _cpu_computes_bf16() -> bool:
     """Whether this processor has bfloat16 matrix instructions (AVX512-BF16 or AMX); elsewhere bf16 is slower."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -36,6 +36,14 @@ class Ranks:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
+    def first_says(self, answer: bool) -> bool:
+        """The first process's ``answer``, in all of them. Returns once all of them have called it."""
+        if self.count == 1:
+            return answer
+        said = torch.tensor(float(answer and self.first), device=accelerate.PartialState().device)
+        self.add_up([said])
+        return bool(said)
+
 
 ALONE = Ranks()
 

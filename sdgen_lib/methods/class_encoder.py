@@ -30,13 +30,14 @@ from ..search import search as searches
 from ..search.search import Space
 from ..search.study import FINISHED, UNREADABLE, keep, open_study, resume_study, share_study
 from ..store import files
-from ..store.run import DIGITS, Step
+from ..store.run import DIGITS, Step, results
 from ..work import cost
 from ..work.fitting import HISTORY, checkpoint_name, fit_and_keep
 from ..work.workspace import Source, Workspace, classifier_options, classifier_work
 
 ROWS = ("after 1", "after 2", "after 3", "after 4")  # of table 1: where the steps stand
 JOURNAL = "journal.log"
+SEARCH_VERSION = 2  # of both searches: raised whenever the same settings would score trials otherwise
 SAMPLING = ("sampling", "class_encoder", "precision", "seed")  # what drawing an image reads, besides its point
 
 
@@ -167,7 +168,8 @@ class ClassEncoderMethod:
     def tune_step(self, on_trial: Callable[[optuna.Study], None] | None = None) -> Step:
         return Step(
             "2_tune",
-            lambda folder, s: self._make_search(folder, s, self.tune_step(), self.first_space(), on_trial),
+            version=SEARCH_VERSION,
+            make=lambda folder, s: self._make_search(folder, s, self.tune_step(), self.first_space(), on_trial),
             topics=("search", "search_space", "classifier", *SAMPLING),
             needs=(self.transfer_step,),
             roots=("data",),
@@ -192,7 +194,8 @@ class ClassEncoderMethod:
     def retune_step(self, on_trial: Callable[[optuna.Study], None] | None = None) -> Step:
         return Step(
             "4_retune",
-            lambda folder, s: self._make_search(folder, s, self.retune_step(), self.second_space(), on_trial),
+            version=SEARCH_VERSION,
+            make=lambda folder, s: self._make_search(folder, s, self.retune_step(), self.second_space(), on_trial),
             topics=("retune", "search_space", "classifier", *SAMPLING),
             needs=(self.transfer_step, self.tune_step(), self.finetune_step),
             roots=("data",),
@@ -224,6 +227,10 @@ class ClassEncoderMethod:
         if self.ws.settings.keep_unets == "used":
             last = self.ws.settings.finetune_epochs
             kept = {study.best_params["epoch"], last}  # rows "after 4" and "after 3"
+            tuned = self.ws.run.fingerprint(self.finetune_step)
+            for other in results(self.ws.run.path, "4_retune"):  # with other settings, of the same UNets
+                if other.record["needs"].get("3_finetune") == tuned:
+                    kept.add(other.facts["best"]["epoch"])
             unused = {checkpoint_name(epoch) for epoch in set(range(1, last)) - kept}
             self.ws.run.discard(self.finetune_step, unused)
         return study
@@ -406,11 +413,12 @@ class ClassEncoderMethod:
             return
         epochs, state = 2 * parameters * s.finetune_epochs, 12 * parameters  # float16; weights and AdamW in float32
         free = shutil.disk_usage(folder).free
-        print(
-            f"Keeps {s.finetune_epochs} UNets of {2 * parameters / 1e9:.1f} GB (keep_unets='used' deletes all but two "
-            f"after step 4), and while it trains {state / 1e9:.0f} GB to go on from; finetune_method='lora' needs some "
-            "MB instead."
-        )
+        if self.ws.ranks.first:
+            print(
+                f"Keeps {s.finetune_epochs} UNets of {2 * parameters / 1e9:.1f} GB (keep_unets='used' deletes all but "
+                f"two after step 4), and while it trains {state / 1e9:.0f} GB to go on from; finetune_method='lora' "
+                "needs some MB instead."
+            )
         if free < (needed := epochs + 2 * state):  # a new state is written before the old one goes
             raise OSError(
                 f"Step 3 needs up to {needed / 1e9:.0f} GB in {folder}, where {free / 1e9:.0f} GB are free: "
@@ -424,7 +432,7 @@ class ClassEncoderMethod:
     ) -> optuna.Study:
         """The finished study of a search step; made first, alone or with every process that shares its storage."""
         ws = self.ws
-        if ws.settings.storage and not ws.run.peek(step):
+        if ws.settings.storage and not ws.run.agreed(ws.run.peek(step) is not None):
             for need in step.needs:
                 ws.run.result(need)
             view, chosen_from = ws.settings.view(*step.topics, "how"), space()
@@ -432,10 +440,12 @@ class ClassEncoderMethod:
                 self._run_trials(self._shared_study(step), view, step, chosen_from, on_trial, shared=True)
         for _ in range(2):
             result = ws.run.result(step)
+            study, whole = None, False
             with contextlib.suppress(*UNREADABLE):
                 study = open_study(result.folder / JOURNAL, result.facts["study"])
-                if len(study.get_trials(deepcopy=False, states=FINISHED)) >= n_trials:
-                    return study
+                whole = len(study.get_trials(deepcopy=False, states=FINISHED)) >= n_trials
+            if ws.run.agreed(whole):
+                return study
             ws.run.forget(step)  # its journal was cut or is damaged: those trials are done again
         raise files.DamagedFile(f"{result.folder / JOURNAL} lost trials once more: check the disk.")
 

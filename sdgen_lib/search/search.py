@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 import torch
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..classify import accuracy, train_classifier
 from ..data import ImageData, Split
+from ..machine.seeds import derived
 from .study import FINISHED
 
 PARAMETERS = ("IS", "UGS", "epoch")
@@ -91,10 +93,11 @@ def search(
 ) -> optuna.Study:
     """Runs the trials that ``study`` still lacks of ``n_trials``; each one generates, trains a classifier and tests it.
 
-    ``images_of(IS, UGS, epoch)`` -> uint8 (N, 3, H, W), one for each of ``labels``, int64 (N,). The objective is the
-    best accuracy of all epochs on real validation images (``select_on`` "val"), or on the test images as published
-    ("test"). The test accuracy is recorded beside it either way. The accuracy of every classifier epoch is reported,
-    and with ``pruning`` the trials that fall behind are ended. ``seed`` is the samplers'; each trial's classifier gets
+    ``images_of(IS, UGS, epoch)`` -> uint8 (N, 3, H, W), one for each of ``labels``, int64 (N,). A trial's classifier is
+    the one of its best epoch on real validation images. The objective is its accuracy there (``select_on`` "val"), or
+    on the test images, on which the paper's released code tests each trial's classifier once ("test"). Both are
+    recorded either way. The best validation accuracy so far is reported after every classifier epoch, and with
+    ``pruning`` the trials that fall behind are ended. ``seed`` is the samplers'; each trial's classifier gets
     ``classifier_seed`` and ``classifier_options`` (see `train_classifier`; "epochs" is required). ``on_trial(study)``
     is called after each trial.
 
@@ -183,37 +186,35 @@ class _Objective:
             on_epoch=reached,
             **self.classifier_options,
         )
-        reached.record(len(history), model)
-        return reached.value
+        return reached.record(len(history), model)
 
 
 class _Reached:
     """The best that one trial's classifier has reached so far; called after each of its epochs.
 
-    Each call reports the best accuracy to the pruner, and raises TrialPruned if that ends the trial.
+    Each call reports the best validation accuracy to the pruner, and raises TrialPruned if that ends the trial.
     """
 
     def __init__(self, trial: optuna.Trial, test: Split, select_on: str, epochs: int):
         self.trial, self.test, self.select_on, self.epochs = trial, test, select_on, epochs
         self.start = time.perf_counter()
-        self.value, self.val_accuracy, self.weights = -1.0, 0.0, {}
+        self.val_accuracy, self.weights = -1.0, {}
 
     def __call__(self, epoch: int, model: nn.Module, val_accuracy: float) -> None:
-        value = val_accuracy if self.select_on == "val" else accuracy(model, self.test)
-        if value > self.value:
-            self.value, self.val_accuracy = value, val_accuracy
-            self.weights = copy.deepcopy(model.state_dict())
-        self.trial.report(self.value, epoch)
+        if val_accuracy > self.val_accuracy:
+            self.val_accuracy, self.weights = val_accuracy, copy.deepcopy(model.state_dict())
+        self.trial.report(self.val_accuracy, epoch)
         if epoch < self.epochs and self.trial.should_prune():  # on the last epoch all is paid
             self.record(epoch, model)
             raise optuna.TrialPruned
 
-    def record(self, epochs: int, model: nn.Module) -> None:
-        """Writes into the trial what it reached, and puts the best weights into ``model``."""
+    def record(self, epochs: int, model: nn.Module) -> float:
+        """Writes into the trial what it reached, puts the best weights into ``model``, and returns the objective."""
         model.load_state_dict(self.weights)
-        test_accuracy = self.value if self.select_on == "test" else accuracy(model, self.test)
+        test_accuracy = accuracy(model, self.test)
+        value = self.val_accuracy if self.select_on == "val" else test_accuracy
         facts = {
-            "value": self.value,
+            "value": value,
             "val_accuracy": self.val_accuracy,
             "test_accuracy": test_accuracy,
             "classifier_epochs": epochs,
@@ -221,13 +222,14 @@ class _Reached:
         }
         for key, fact in facts.items():
             self.trial.set_user_attr(key, fact)
+        return value
 
 
 # --- what they found ---
 
 
 def value_of(trial: FrozenTrial) -> float:
-    """A finished trial's accuracy; for a pruned one the best until it was stopped."""
+    """A finished trial's objective; for a pruned one that of its best epoch until it was stopped."""
     return trial.value if trial.state == TrialState.COMPLETE else trial.user_attrs["value"]
 
 
@@ -256,14 +258,53 @@ def importances(study: optuna.Study, seed: int = 0) -> pd.Series:
     Raises ValueError with fewer than four trials.
     """
     trials = study.get_trials(deepcopy=False, states=FINISHED)
+    return pd.Series(_importances(_enough(trials), seed), name=study.study_name)
+
+
+def bootstrapped_importances(
+    study: optuna.Study, seed: int = 0, *, pruned: bool = True, repeats: int = 20, level: float = 0.9
+) -> pd.DataFrame:
+    """How far the importances can be trusted: as `importances`, with an interval from resampling the trials.
+
+    ``repeats`` times as many trials as there are are drawn from them with replacement (Efron 1979). A row for each of
+    IS, UGS and epoch: "importance" of the trials themselves; "low" and "high", between which the middle ``level``
+    (0..1) of the resampled importances lie. "trials" is how many there are. ``pruned``: whether pruned trials count,
+    with the accuracy they had when they were stopped; False takes the completed ones alone.
+    Raises ValueError with fewer than four trials, a level that is no share, or fewer than two repeats.
+    """
+    if not 0 < level < 1 or repeats < 2:
+        raise ValueError(
+            f"level is {level} and repeats {repeats}: give a level between 0 and 1, and 2 or more repeats."
+        )
+    states = FINISHED if pruned else (TrialState.COMPLETE,)
+    trials = _enough(study.get_trials(deepcopy=False, states=states))
+    random = np.random.default_rng(derived(seed, "bootstrap of importances"))
+    drawn = []
+    for rows in tqdm(random.integers(len(trials), size=(repeats, len(trials))), desc="resampling", unit="forest"):
+        drawn.append(_importances([trials[row] for row in rows], seed))
+    resampled = pd.DataFrame(drawn)
+    found = {
+        "importance": pd.Series(_importances(trials, seed)),
+        "low": resampled.quantile((1 - level) / 2),  # without the NaN of resamples that scored alike
+        "high": resampled.quantile((1 + level) / 2),
+    }
+    return pd.DataFrame(found).assign(trials=len(trials))
+
+
+def _enough(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     if len(trials) < 4:
         raise ValueError(f"fANOVA needs at least 4 finished trials, and this search has {len(trials)}: raise n_trials.")
+    return trials
+
+
+def _importances(trials: list[FrozenTrial], seed: int) -> dict[str, float]:
     whole = optuna.create_study(direction="maximize")
-    for t in trials:
-        whole.add_trial(optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=value_of(t)))
+    whole.add_trials(
+        optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=value_of(t)) for t in trials
+    )
     searched = [p for p in PARAMETERS if not trials[0].distributions[p].single()]
     try:
         found = get_param_importances(whole, evaluator=FanovaImportanceEvaluator(seed=seed), params=searched)
     except RuntimeError:  # every trial reached the same accuracy: there is no variance to share out
         found = dict.fromkeys(PARAMETERS, float("nan"))
-    return pd.Series({p: float(found.get(p, 0.0)) for p in PARAMETERS}, name=study.study_name)
+    return {p: float(found.get(p, 0.0)) for p in PARAMETERS}

@@ -33,6 +33,7 @@ UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # a worker's signs of life; a trial without one for so long is queued again
 MAX_RETRIES = 3
+SEARCH = "numbers of the search's trials"  # the attribute that `keep` goes by
 SQLITE_SECONDS = 60  # a process waits so long while others write
 
 
@@ -170,18 +171,43 @@ def resume_study(journal: Path, name: str) -> optuna.Study:
 def keep(study: optuna.Study, journal: Path, n_trials: int) -> optuna.Study:
     """Copies a shared search into a run folder, which then needs no database to be read; returns the copy.
 
-    The search is the first ``n_trials`` trials that finished, by the workers' clocks. Workers that were busy when these
-    were there finish a few more, which are left out, so that every worker keeps the same ones. A journal that holds as
-    many is left as it is.
+    The search is the ``n_trials`` finished trials of the lowest numbers at the moment that the first worker asks for
+    them. Workers that were busy then finish a few more, which are left out: every worker keeps the same ones. A journal
+    that holds as many is left as it is.
     """
-    finished = study.get_trials(deepcopy=False, states=FINISHED)
-    first = sorted(finished, key=lambda t: (t.datetime_complete, t.number))[:n_trials]
+    first = _agreed(study, n_trials)
     if journal.exists():
         _mend(journal)
         kept = open_study(journal, study.study_name)
         if len(kept.get_trials(deepcopy=False, states=FINISHED)) == len(first):
             return kept
-    return _write(journal, study, sorted(first, key=lambda t: t.number), {})
+    return _write(journal, study, first, {})
+
+
+def _agreed(study: optuna.Study, n_trials: int) -> list[FrozenTrial]:
+    """The trials that are the search, by number; all finished ones where they are fewer than ``n_trials``.
+
+    Whoever finds none written down writes them down, as a failed trial's attribute: the storage numbers trials one
+    after the other, also where two workers write at once, and what the lower number says counts. The workers' clocks
+    have no say.
+    """
+
+    def written() -> list[int] | None:
+        failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        lists = (trial.user_attrs.get(SEARCH, ()) for trial in failed)
+        return next((numbers for numbers in lists if len(numbers) == n_trials), None)
+
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    if len(finished) < n_trials:
+        return finished
+    if not (numbers := written()):
+        numbers = [trial.number for trial in finished[:n_trials]]
+        complete = [t.number for t in finished if t.state == TrialState.COMPLETE]
+        if complete and not set(numbers) & set(complete):  # many workers at once: all the first ones were pruned
+            numbers[-1] = complete[0]  # a search without a best trial would be of no use
+        study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={SEARCH: numbers}))
+        numbers = written()
+    return [t for t in study.get_trials(deepcopy=False, states=FINISHED) if t.number in numbers]
 
 
 def _write(journal: Path, study: optuna.Study, trials: list[FrozenTrial], notes: dict) -> optuna.Study:
@@ -193,7 +219,8 @@ def _write(journal: Path, study: optuna.Study, trials: list[FrozenTrial], notes:
         for key, value in notes.items():
             copy._storage.set_study_system_attr(copy._study_id, key, value)
         copy.add_trials(trials)
-        _lock_path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of the temporary file; nobody holds it any more
+            _lock_path(temporary).unlink()
     return open_study(journal, study.study_name)
 
 

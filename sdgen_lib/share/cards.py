@@ -5,6 +5,8 @@ What they say was used is read from the run's records, see `origin`.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from huggingface_hub import DatasetCardData, ModelCardData
 
 from ..data import ImageData, named
 from ..diffusion import weights
+from ..show.names import printable
 from ..show.tables import percent
 from ..store.run import Result
 from .origin import Origin
@@ -22,20 +25,22 @@ DATA_LICENCES = {
     **dict.fromkeys(named.CIFAR, "none stated by its authors"),
 }
 UNKNOWN = "see where it came from"
-LOADING = {
+# Characters with which markup begins; "_" only at the edge of a word, so that settings keep their names.
+MARKUP = re.compile(r"[&<>|`*\[\]\\$~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?i:(?<=http)|(?<=https)):|(?i:(?<=www))\.")
+LOADING = {  # a text in it is written as Python writes one: a folder may be called anything
     "folder": """from torchvision.datasets import ImageFolder
 
-train = ImageFolder("./{out}/train")""",
+train = ImageFolder({part})""",
     "npz": """import numpy as np
 
-with np.load("./{out}/{slug}.npz", allow_pickle=False) as file:
+with np.load({file}, allow_pickle=False) as file:
     train_images, train_labels = file["train_images"], file["train_labels"]""",
     "parquet": """from datasets import load_dataset
 
-train = load_dataset("./{out}", split="train")""",
+train = load_dataset({folder}, split="train")""",
     "generator": """import sdgen_lib
 
-generator = sdgen_lib.load("./{out}")
+generator = sdgen_lib.load({folder})
 images = generator([0, 1, 0], num_inference_steps={steps}, guidance_scale={guidance:.2f})  # uint8 (3, 3, H, W)""",
 }
 # What the steps of the paper's method did, for those that something was made from.
@@ -88,7 +93,7 @@ def dataset_card(
     return f"""---
 {yaml}
 ---
-# {origin.dataset}, drawn by a diffusion model
+# {_cell(origin.dataset)}, drawn by a diffusion model
 
 {counts["train"]} **generated** training images of {data.image_size}x{data.image_size} pixels in \
 {data.num_classes} classes: {multiple} times the real training set, {mix}. \
@@ -97,7 +102,7 @@ def dataset_card(
 {_table(("part", "images"), counts.items())}
 
 ```python
-{LOADING[form].format(out=out, slug=data.slug)}
+{_loading(form, out, data)}
 ```
 
 {_method(origin)}
@@ -141,13 +146,13 @@ def generator_card(
     return f"""---
 {yaml}
 ---
-# A generator of {origin.dataset}, class by class
+# A generator of {_cell(origin.dataset)}, class by class
 
 A latent diffusion model that is told the class by a context of its own: labels in, uint8 images of {data.image_size}x\
 {data.image_size} pixels out.
 
 ```python
-{LOADING["generator"].format(out=out, **point)}
+{_loading("generator", out, data, **point)}
 ```
 
 The folder is also a Stable Diffusion checkpoint in the diffusers layout, with the UNet that these contexts steer.
@@ -172,13 +177,25 @@ The accuracy on real test images of a classifier trained on generated images alo
 """
 
 
+def _loading(form: str, out: str, data: ImageData, **values: Any) -> str:
+    """The lines of Python that load what lies in folder ``out``."""
+    paths = {"folder": f"./{out}", "part": f"./{out}/train", "file": f"./{out}/{data.slug}.npz"}
+    return LOADING[form].format(**{name: _quoted(path) for name, path in paths.items()}, **values)
+
+
+def _quoted(text: str) -> str:
+    """As Python writes a text, on one line, with nothing in it that cannot be seen."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in quoted)
+
+
 def _method(origin: Origin) -> str:
     done = [text for step, text in STEPS.items() if step in origin.steps]
-    how = f"Made by `sdgen`, with its generator {origin.row!r}."
+    how = f"Made by `sdgen`, with its generator {_cell(repr(origin.row))}."
     if done:
         how = (
             "*Stable Diffusion Dataset Generation for Downstream Classification Tasks* "
-            f"([arXiv 2405.02698]({PAPER})), by `sdgen`, {origin.row}: {', '.join(done)}."
+            f"([arXiv 2405.02698]({PAPER})), by `sdgen`, {_cell(origin.row)}: {', '.join(done)}."
         )
     known = {**origin.settings, **origin.point}
     rows = {
@@ -215,15 +232,15 @@ def _accuracies(row: Result | None) -> tuple[str, str]:
 def _licence(origin: Origin) -> str:
     name = origin.dataset.lower().split(":")[0]
     source = DATA_LICENCES.get(name, UNKNOWN)
-    if name in named.names() and (flag := name.split("_")[0]) in named.MEDMNIST:
+    if named.known(name) and (flag := name.split("_")[0]) in named.MEDMNIST:
         import medmnist  # slow, and makes a folder in the home: see `data.named`
 
         source = medmnist.INFO[flag]["license"]
     model = weights.LICENCES.get(origin.backbone.partition("@")[0], UNKNOWN)
     return f"""No licence is granted here. What was made from others' work stays under their terms:
 
-- the training data, {origin.dataset}: {source};
-- the pretrained model, {origin.backbone}: {model}."""
+- the training data, {_cell(origin.dataset)}: {_cell(source)};
+- the pretrained model, {_cell(origin.backbone)}: {_cell(model)}."""
 
 
 def _limits(data: ImageData) -> str:
@@ -240,8 +257,12 @@ def _table(head: Sequence[str], rows: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays in its cell: class names are the dataset's."""
-    return str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    """Text on one line that Markdown shows as it is: class names are the dataset's, and a card is a web page.
+
+    What begins markup (a tag, a link or picture, stress, code, mathematics, the next cell) is written by its number.
+    """
+    text = MARKUP.sub(lambda found: f"&#{ord(found[0])};", printable(value))
+    return text.replace("&#60;", "&lt;").replace("&#38;", "&amp;")
 
 
 def _size_category(count: int) -> str:

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..config.messages import unknown_name
+from ..config.messages import shown, unknown_name
+from ..data import ImageData
 from ..evaluate.sets import block_step, blocks_of, synthetic
 from ..methods.class_encoder import ROWS, ClassEncoderMethod
 from ..store import blocks, files
@@ -129,7 +133,7 @@ def _write_set(
     return cards.dataset_card(
         origin.of_set(ws, source, multiple, found[0]),
         ws.data,
-        {f"generated, x{multiple}": row, "real": origin.cas_of_real(ws, row)},
+        {f"generated, x{multiple}": row, "real": origin.cas_of_real(ws, source, row)},
         form=to,
         out=name,
         multiple=multiple,
@@ -141,20 +145,46 @@ def _write_set(
 
 def _generated(ws: Workspace, source: Source, multiple: int, found: Sequence[Result]) -> Part:
     """The images of `evaluate.sets.synthetic`; of nested sets one block at a time is in memory."""
-    if len(found) > 1 and ws.settings.larger_sets == "random":
-        return part_of(synthetic(ws, source, multiple))
-
-    size, count = ws.data.image_size, len(ws.data.train)
 
     def in_turn() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for result in found:
-            with np.load(result.folder / blocks.BLOCK, allow_pickle=False) as file:
-                images, labels = file["images"], file["labels"]
-            if images.shape != (count, size, size, 3) or labels.shape != (count,):
-                raise ValueError(f"{result.folder} holds {images.shape} images, not {(count, size, size, 3)}.")
-            yield images, labels
+            yield _read_block(result.folder / blocks.BLOCK, ws.data)
 
-    return Part(multiple * count, len(found), in_turn)
+    if len(found) > 1 and ws.settings.larger_sets == "random":
+        for _ in in_turn():  # each is looked at before all are unpacked
+            pass
+        return part_of(synthetic(ws, source, multiple))
+    return Part(multiple * len(ws.data.train), len(found), in_turn)
+
+
+def _read_block(path: Path, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
+    """A block of ``data``: images uint8 (N, H, H, 3) and labels int64 (N,), N the training set's size.
+
+    Raises ValueError for any other content. A run folder may be anyone's: no more is unpacked than such a block holds,
+    whatever the file says of itself.
+    """
+    count, size = len(data.train), data.image_size
+    shapes = {"images": (np.dtype(np.uint8), (count, size, size, 3)), "labels": (np.dtype(np.int64), (count,))}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            images, labels = (_member(archive, name, *expected) for name, expected in shapes.items())
+    except (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is no block of this dataset's images ({shown(str(error))}): run chapter 07, which makes it anew."
+        ) from error
+    if labels.min() < 0 or labels.max() >= data.num_classes:
+        raise ValueError(f"{path} has labels from {labels.min()} to {labels.max()}, not 0 to {data.num_classes - 1}.")
+    return images, labels
+
+
+def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    with archive.open(f"{name}.npy") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"its {name} are of another version")
+        if (found := np.lib.format.read_array_header_1_0(file)) != (shape, False, dtype):
+            raise ValueError(f"its {name} are {found[2]} {found[0]}, not {dtype} {shape}")
+        content = file.read(math.prod(shape) * dtype.itemsize)
+    return np.frombuffer(content, dtype).reshape(shape)
 
 
 # --- from the command line ---
@@ -189,8 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--row", default=ROWS[-1], choices=ROWS, help=f"whose generator (default: {ROWS[-1]})")
     parser.add_argument("--result", metavar="FINGERPRINT", help="one of --list (default: the newest)")
     parser.add_argument("--list", action="store_true", help="show what there is, and in what it is unlike its recipe")
-    parser.add_argument("--dataset", metavar="PATH", help="where the dataset is now, if it was moved")
-    parser.add_argument("--backbone", metavar="PATH", help="where the backbone is now, if it was moved")
+    parser.add_argument("--dataset", metavar="PATH", help="the run's dataset: its name, or where it is now")
+    parser.add_argument("--backbone", metavar="NAME", help="the run's backbone: a name, a Hub id, or where it is now")
     return parser
 
 

@@ -18,6 +18,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from ..config.messages import shown
+from ..data.parts import check_class_names
 from ..data.sources import IMAGE_SIZES
 from ..diffusion import backbone as backbones
 from ..diffusion.backbone import Backbone
@@ -32,8 +33,8 @@ FORMAT = 2  # of the folder; format 1 held a Class-Encoder's weights where 2 has
 # What is read of `FACTS`, and what each value must be.
 READ: dict[str, tuple[Callable[[Any], bool], str]] = {
     "class_names": (
-        lambda v: isinstance(v, list) and v != [] and all(isinstance(n, str) for n in v),
-        "a list of texts",
+        lambda v: isinstance(v, list) and v != [] and all(isinstance(n, str) for n in v) and len(set(v)) == len(v),
+        "a list of different texts",
     ),
     "num_inference_steps": (lambda v: type(v) is int and 1 <= v <= 1000, "a whole number from 1 to 1000"),
     "guidance_scale": (lambda v: type(v) in (int, float) and 0 <= v < float("inf"), "a number of at least 0"),
@@ -166,6 +167,7 @@ def _facts(path: Path) -> dict[str, Any]:
     for name, (is_right, what) in {**READ, **(READ_OF_FORMAT_1 if version == 1 else {})}.items():
         if not is_right(facts.get(name)):
             raise _damaged(path, f'"{name}" is {shown(facts.get(name))}, not {what}')
+    check_class_names(tuple(facts["class_names"]), path)
     return facts
 
 

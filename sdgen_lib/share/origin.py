@@ -9,9 +9,10 @@ from typing import Any
 
 from ..config.settings import unlike_recipe
 from ..data import ImageData
-from ..data.named import names
+from ..data import named
 from ..diffusion.weights import NAMES
-from ..evaluate.sets import block_step, blocks_of
+from ..evaluate.cas import cas_step
+from ..evaluate.scaling import REAL, scaling_step
 from ..store.run import RECORD, Result, results, settings_used, upstream
 from ..work.workspace import Source, Workspace
 
@@ -80,7 +81,7 @@ def _origin(
 
 def public_dataset(data: ImageData) -> str:
     """The name of a named set ("digits:200"); of any other its slug, which tells nothing of where it lies."""
-    return data.name if data.name.lower().split(":")[0] in names() else data.slug
+    return data.name if named.known(data.name.split(":")[0]) else data.slug
 
 
 def public_backbone(backbone: str) -> str:
@@ -114,35 +115,41 @@ def cas_of_set(ws: Workspace, source: Source, multiple: int) -> Result | None:
 
     With which classifier settings it was trained, the row's record says.
     """
-    blocks = [block_step(ws, source, number) for number in blocks_of(ws, multiple)]
-    needs = {step.name: ws.run.fingerprint(step) for step in blocks}
-    for row in newest_first(ws.run.path, f"table_2/x{multiple}"):
+    step = scaling_step(ws, source, f"x{multiple}")
+    needs = {need.name: ws.run.fingerprint(need) for need in step.needs}
+    for row in newest_first(ws.run.path, step.name):
         said = row.record
         put_together = {name: said["settings"][name] for name in PUT_TOGETHER if name in said["settings"]}
-        if said["needs"] == needs and said["inputs"] == {} and put_together == _put_together(ws, multiple):
+        if (
+            said["needs"] == needs
+            and said["inputs"] == dict(step.inputs)
+            and put_together == _put_together(ws, multiple)
+        ):
             return row
     return None
 
 
-def cas_of_real(ws: Workspace, beside: Result | None) -> Result | None:
+def cas_of_real(ws: Workspace, source: Source, beside: Result | None) -> Result | None:
     """The newest row "real" of table 2 of this data, made with the classifier settings of the row ``beside`` it."""
+    inputs = dict(scaling_step(ws, source, REAL).inputs)
     for row in newest_first(ws.run.path, "table_2/real"):
         used = row.record["settings"]
         alike = beside is None or all(beside.record["settings"].get(name) == used[name] for name in used)
-        if row.record["roots"] == {"data": ws.data.fingerprint} and row.record["inputs"] == {} and alike:
+        if row.record["roots"] == {"data": ws.data.fingerprint} and row.record["inputs"] == inputs and alike:
             return row
     return None
 
 
 def cas_of_generator(ws: Workspace, source: Source) -> Result | None:
     """The newest row of table 1 of exactly this generator; None if there is none."""
-    step = source.step
+    step = cas_step(ws, source)
     needs = {need.name: ws.run.fingerprint(need) for need in step.needs}
-    roots = {root: ws.run.roots[root]() for root in ("data", *step.roots)}
-    own = ws.settings.view(*step.topics).to_dict().items()
-    for row in newest_first(ws.run.path, f"table_1/{source.name.replace(' ', '_')}"):
+    roots = {root: ws.run.roots[root]() for root in step.roots}
+    own = ws.settings.view(*source.step.topics).to_dict().items()
+    for row in newest_first(ws.run.path, step.name):
         said = row.record
-        if said["needs"] == needs and said["roots"] == roots and said["inputs"] == dict(step.inputs):
+        inputs = {**said["inputs"], "num_images": step.inputs["num_images"]}  # of how many images, the row says
+        if said["needs"] == needs and said["roots"] == roots and inputs == dict(step.inputs):
             if own <= said["settings"].items():
                 return row
     return None

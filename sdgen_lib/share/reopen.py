@@ -1,7 +1,8 @@
 """A run folder opened again from its records alone: which results there are to take away, and how they were made.
 
 A folder may come from someone else: what its records say is checked as a notebook's parameters are, and must lead to
-the very fingerprints that the results have.
+the very fingerprints that the results have. On their word alone nothing is downloaded, and no path is opened outside of
+the folder that the runs lie in: whoever takes something away names the dataset and the model that it may be read from.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,7 @@ from .. import data
 from ..config.messages import shown
 from ..config.recipes import RECIPES
 from ..config.settings import Settings, fields_read_by, resolve, unlike_recipe
-from ..data import ImageData
-from ..data.named import names
+from ..data import ImageData, named
 from ..data.sources import IMAGE_SIZES, checkout
 from ..diffusion import backbone as backbones
 from ..diffusion import weights
@@ -33,6 +35,7 @@ CHAPTERS = {"1_transfer": "02", "2_tune": "03", "3_finetune": "05", "4_retune": 
 STEPS = tuple(CHAPTERS)[:4]
 BLOCK = re.compile(r"5_datasets/block_(\d+)")
 NOT_OF_A_STEP = fields_read_by("how", "data", "model")  # what no record's settings need hold
+SHIPPED_MODEL = "tiny"
 DRAWING = fields_read_by(*SAMPLING, "default_point")
 
 
@@ -66,8 +69,9 @@ def _choice(base: Result, settings: Mapping[str, Any], found: Sequence[Result]) 
 class Reopened(Workspace):
     """A workspace whose data and backbone must be those that a result on record was made with."""
 
-    def __init__(self, settings: Settings, real: ImageData, run_folder: Path, model: str | None):
-        self._model = model
+    def __init__(self, settings: Settings, real: ImageData, run_folder: Path, model: str | None, asked: bool):
+        """``model``: the fingerprint on record. ``asked``: whether the backbone was asked for, not just recorded."""
+        self._model, self._asked = model, asked
         super().__init__(settings, real=real, path=run_folder)
 
     @functools.cached_property
@@ -75,6 +79,9 @@ class Reopened(Workspace):
         return self._model or weights.fingerprint(self._files())
 
     def _files(self) -> weights.Source:
+        name = self.settings.backbone
+        if not self._asked and name != SHIPPED_MODEL and not _lies_in(name, self.run.path.parents[1]):
+            raise ValueError(_not_on_its_word("backbone", name))
         return backbones.find(self.settings.backbone, self.settings.precision)
 
     @functools.cached_property
@@ -82,7 +89,7 @@ class Reopened(Workspace):
         name = self.settings.backbone
         try:
             found = self._files()
-        except (FileNotFoundError, ValueError) as error:
+        except FileNotFoundError as error:
             raise FileNotFoundError(f"{error} Where it is now: --backbone PATH.") from error
         if self._model not in (None, weights.fingerprint(found)):
             raise ValueError(
@@ -104,9 +111,11 @@ def workspace_of(
     """The workspace that something in ``run_folder`` was made in, with the settings that were really used.
 
     ``to`` and ``row``: what is to be taken away, see `choices`; the newest of its kind, or the one with ``result``, the
-    beginning of a fingerprint. ``dataset`` and ``backbone``: where these are now, if they were moved; what they hold
-    must be what it was. Raises FileNotFoundError if it is no run folder, the run has not come so far or its dataset is
-    not where it was, and ValueError if what its records say cannot be used or does not lead to these results.
+    beginning of a fingerprint. ``dataset`` and ``backbone``: what these are, or where they are now; what they hold must
+    be what it was. None: as recorded, where that means what ships with the package, a named set that was downloaded
+    before, or a path in the folder of the runs. Raises FileNotFoundError if it is no run folder, the run has not come
+    so far or its dataset is not where it was, and ValueError if what its records say cannot be used, does not lead to
+    these results, or would have to be asked for.
     """
     path = run_path_of(run_folder)
     choice = _chosen(path, to, row, result)
@@ -117,11 +126,13 @@ def workspace_of(
         unlike = unlike_recipe(choice.settings, str(run["recipe"]))
         used = {name: "none" if value is None else value for name, value in unlike.items() if name not in NOT_OF_A_STEP}
         place = _place(run["dataset"], dataset)
+        if dataset is None and not _may_be_read(run["dataset"], path.parents[1]):
+            raise ValueError(_not_on_its_word("dataset", run["dataset"]))
         whose = {"recipe": str(run["recipe"]), "backbone": backbone or run["backbone"], "seed": run["seed"]}
         asked = {**used, **whose, "runs_dir": str(path.parent.parent), "dataset": place}
         recorded, fingerprint, model = run["dataset"], roots["data"], roots.get("model")
     settings, real = _data(path, asked, recorded, fingerprint, moved=dataset is not None)
-    ws = Reopened(settings, real, path, model)
+    ws = Reopened(settings, real, path, model, asked=backbone is not None)
     _check(ws, choice, row)
     return ws
 
@@ -162,7 +173,7 @@ def choices(run_folder: Path, to: str, row: str) -> list[Choice]:
         raise ValueError(f"row must be one of {', '.join(ROWS)}, not {row!r}.")
     needed = set(STEPS[: ROWS.index(row) + 1])
     with _readable(run_folder):
-        found = _generators(run_folder, row, needed) if to == "generator" else _sets(run_folder, needed)
+        found = _generators(run_folder, row, needed) if to == "generator" else _sets(run_folder, row, needed)
         return sorted(found, key=lambda choice: made_at(choice.newest))
 
 
@@ -170,6 +181,7 @@ def _generators(path: Path, row: str, needed: set[str]) -> Iterator[Choice]:
     """For each of the last step's results one; several for "after 1", whose point is a setting that the row holds."""
     last = STEPS[ROWS.index(row)]
     rows = [r for r in results(path, f"table_1/{row.replace(' ', '_')}") if set(r.record["needs"]) == needed]
+    rows = [r for r in rows if _is_by(r, row)]
     for final in results(path, last):
         measured = [r for r in rows if r.record["needs"][last] == final.fingerprint]
         drawn = {digest(own): own for own in map(_drawing, measured)} or {digest({}): {}}
@@ -178,17 +190,24 @@ def _generators(path: Path, row: str, needed: set[str]) -> Iterator[Choice]:
             yield _choice(final, settings_used(path, final) | own, theirs)
 
 
+def _is_by(result: Result, row: str) -> bool:
+    """Whether a result was drawn by the paper's generator of this row, and not by another method's of the same steps."""
+    return (
+        result.record["inputs"].get("generator", [None])[0] == f"generator/{row}"
+    )  # as `ClassEncoderMethod.source` names it
+
+
 def _drawing(row: Result) -> dict[str, Any]:
     """The settings that the images of a row of table 1 were drawn with."""
     return {name: value for name, value in row.record["settings"].items() if name in DRAWING}
 
 
-def _sets(path: Path, needed: set[str]) -> Iterator[Choice]:
+def _sets(path: Path, row: str, needed: set[str]) -> Iterator[Choice]:
     """One for each way in which the blocks of one generator were put together to sets."""
     generators: dict[str, dict[int, Result]] = {}
     for result in results(path, "5_datasets/block_*"):
         record = result.record
-        if set(record["needs"]) == needed and set(record["inputs"]) == {"block"}:
+        if set(record["needs"]) == needed and _is_by(result, row) and set(record["inputs"]) == {"block", "generator"}:
             generator = digest({name: record[name] for name in ("needs", "settings", "roots")})
             generators.setdefault(generator, {})[record["inputs"]["block"]] = result
     rows = results(path, "table_2/x*")
@@ -246,6 +265,43 @@ def _nothing(path: Path, to: str, row: str) -> str:
     return f"{path} has no finished {'generator' if to == 'generator' else 'set'} of row {row!r}: run chapter 07 first."
 
 
+# --- what may be opened on a record's word ---
+
+
+def _may_be_read(dataset: str, runs_dir: Path) -> bool:
+    """Whether a recorded dataset can be read without a download, and without leaving the folder of the runs."""
+    name = re.sub(r":\d+$", "", dataset)
+    if known := named.known(name):
+        return _is_here(known)
+    return _lies_in(name, runs_dir) or _lies_in(dataset, runs_dir)
+
+
+def _is_here(name: str) -> bool:
+    """Whether a named dataset ships with the package or was downloaded before."""
+    folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(name, f"{name}.npz")
+    return name == "digits" or (named._cache_folder() / folder).exists()
+
+
+def _lies_in(path: str, folder: Path) -> bool:
+    """Whether a recorded path is there and in ``folder``, all links followed. No other path is even looked at."""
+    folder = folder.resolve()
+    try:
+        place = Path(os.path.abspath(os.path.expanduser(path)))
+        return place.is_relative_to(folder) and place.resolve(strict=True).is_relative_to(folder)
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _not_on_its_word(what: str, recorded: str) -> str:
+    """The error's text; what it proposes to type is one word of the shell, whatever the record holds."""
+    text = shown(recorded)
+    again = f"--{what} {shlex.quote(recorded)}" if recorded.isprintable() and len(recorded) < 200 else f"--{what} .."
+    return (
+        f"By its record this run was made with the {what} {text}. Nothing is opened or downloaded on a record's word "
+        f"alone, since a run folder may be anyone's: if that is right, add {again} (or where it is now)."
+    )
+
+
 # --- what it was made with ---
 
 
@@ -274,7 +330,7 @@ def _data(
         try:
             real = data.load(settings.dataset, settings.image_size, settings.seed, base_dir=checkout())
         except (FileNotFoundError, ValueError) as error:
-            if moved or recorded.lower().split(":")[0] in names():
+            if moved or named.known(recorded.split(":")[0]):
                 raise
             raise FileNotFoundError(
                 f"The run's dataset {shown(recorded)} cannot be read here: say where it is now with --dataset PATH. "

@@ -20,8 +20,8 @@ from ..machine.seeds import image_noise
 from ..search.search import trials_frame
 from ..search.study import FINISHED, open_study
 from . import figures
-from .search_figures import PANELS, trials_by_parameter
-from .widgets import Clickable, Explorer, Words, picture, show
+from .search_figures import PANELS, best_trial, trials_by_parameter
+from .widgets import Clickable, Explorer, Words, picker, picture, show
 
 JOURNAL = "journal.log"  # where a search of one process keeps its trials, in its step's folder
 SEARCHES = (2, 4)  # the steps that search
@@ -39,14 +39,14 @@ class GuidanceExplorer(Explorer):
     """
 
     def __init__(self, course: Course, study: optuna.Study):
-        s, names, best = course.settings, course.data.class_names, study.best_params
-        self.course, self.frame, self.epoch = course, trials_frame(study), best["epoch"]
-        most, ugs = max(s.steps_max, best["IS"]), round(best["UGS"], 1)
+        s, names = course.settings, course.data.class_names
+        self.course, self.frame = course, trials_frame(study)
+        best = best_trial(self.frame)
+        self.epoch, most, ugs = int(best.epoch), max(s.steps_max, int(best.IS)), round(float(best.UGS), 1)
         how = {"continuous_update": False}  # a drawing takes its time
-        self.steps = ipywidgets.IntSlider(value=best["IS"], min=1, max=most, description="IS", **how)
+        self.steps = ipywidgets.IntSlider(value=int(best.IS), min=1, max=most, description="IS", **how)
         self.scale = ipywidgets.FloatSlider(value=ugs, min=0, max=s.guidance_max, step=0.1, description="UGS", **how)
-        classes = [("one of each", None), *((name, i) for i, name in enumerate(names))]
-        self.who = ipywidgets.Dropdown(options=classes, description="class")
+        self.who = picker(names, ("one of each", None))
         self.image, self.words = picture(), Words()
         controls = (self.steps, self.scale, self.who)
         for control in controls:
@@ -139,8 +139,7 @@ class DenoisingExplorer(Explorer):
         self.step = ipywidgets.IntSlider(value=half, min=1, max=num_inference_steps, description="step")
         play = ipywidgets.Play(value=half, min=1, max=num_inference_steps, interval=300)
         ipywidgets.jslink((play, "value"), (self.step, "value"))
-        classes = [(name, i) for i, name in enumerate(class_names)]
-        self.who, self.image = ipywidgets.Dropdown(options=classes, description="class"), picture()
+        self.who, self.image = picker(class_names), picture()
         self.seen: dict[str, torch.Tensor] = {}  # uint8 (steps, 3, H, W) each
         self._walk()
         show(self.image, self._draw())

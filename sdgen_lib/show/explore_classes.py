@@ -19,6 +19,7 @@ from . import figures
 from .widgets import Clickable, Explorer, Words, picture, show
 
 KINDS = ("generated", "real")  # 0, 1
+QUESTIONS = 12  # of a quiz, where there are images enough
 MATRIX_CLASSES = 12  # shown at most: the most confused ones of a larger set
 
 
@@ -35,15 +36,16 @@ class Questions:
     classes: torch.Tensor
 
 
-def real_or_generated(course: Course, num_questions: int = 12, epochs: int = 8) -> tuple[Questions, float]:
+def real_or_generated(course: Course, num_questions: int | None = None, epochs: int = 8) -> tuple[Questions, float]:
     """Questions for `quiz`, as many real as generated, and the accuracy of a classifier that was trained to tell.
 
     The classifier (a ResNet20 of two classes, the classifier two-sample test of Lopez-Paz and Oquab 2017) learns from
     the real training images and block 1 of the set; it is chosen, scored and asked on real test images and as many of
     block 2: none that it has seen. 0.5 would mean that the two cannot be told apart.
-    Raises ValueError for an odd number of questions, and for more than there are images.
+    None: 12 questions, or as many as there are images for. Raises ValueError for an odd number of questions, for more
+    than there are images for, and where there is no image to ask about.
     """
-    if num_questions < 2 or num_questions % 2:
+    if num_questions is not None and (type(num_questions) is not int or num_questions < 2 or num_questions % 2):
         raise ValueError(f"num_questions must be an even number from 2, not {num_questions!r}: half of them are real.")
     n, made = len(course.data.train), course.synthetic(2)
     random = torch.Generator().manual_seed(course.settings.seed)
@@ -51,7 +53,10 @@ def real_or_generated(course: Course, num_questions: int = 12, epochs: int = 8) 
     chosen = len(fresh) // 3
     val, _ = _mixed(course.data.val, fresh.take(range(chosen)), random)
     test, classes = _mixed(course.data.test, fresh.take(range(chosen, n)), random)
-    half, ask = num_questions // 2, len(test) // 2
+    ask = len(test) // 2
+    if not ask or not chosen:
+        raise ValueError(f"{n} training and {len(course.data.test)} test images are too few for a quiz: give 3 and 1.")
+    half = min(QUESTIONS // 2, ask) if num_questions is None else num_questions // 2
     if half > ask:
         raise ValueError(f"num_questions must be at most {2 * ask} with these few images, not {num_questions}.")
     images = torch.cat([made.images[:n], course.data.train.images])
@@ -135,8 +140,8 @@ class Quiz(Explorer):
         return figure
 
 
-def quiz(course: Course, num_questions: int = 12) -> Quiz:
-    """`Quiz` about the run's generated set; trains the classifier first."""
+def quiz(course: Course, num_questions: int | None = None) -> Quiz:
+    """`Quiz` about the run's generated set, see `real_or_generated`; trains the classifier first."""
     return Quiz(*real_or_generated(course, num_questions), course.data.class_names)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config.settings import unlike_recipe
 from ..store.run import Result, default_runs_dir, is_of_older_version, results, settings_used, upstream
+from .names import printable
 from .tables import cas_table, scaling_table
 
 TABLES = {1: cas_table, 2: scaling_table}
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"No run in {base.absolute()}: run the notebooks first (make course).")
     passed: dict[str, list[str]] = {"made by an older version": [], "unfinished": []}
     for path in found:
-        title = path.relative_to(base).as_posix()
+        title = printable(path.relative_to(base).as_posix())
         if not print_run(path, title):
             passed["made by an older version" if is_of_older_version(path) else "unfinished"].append(title)
     for why, names in passed.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import optuna
@@ -18,6 +20,7 @@ from .figures import BLUE, GREY, ORANGE, PINK, new_axes, percent_axis
 LABELS = {"IS": "IS (inference steps)", "UGS": "UGS (guidance scale)", "epoch": "epoch of the checkpoint"}
 PANELS = (("IS", "UGS"), ("epoch", "value"))  # of `trials_by_parameter`, (x, y) each
 KINDS = {False: (BLUE, "o", "complete"), True: (GREY, "X", "pruned")}  # of trials: told apart in grey, too
+GRID = 80  # points of a contour, each way
 RING = {"s": 220, "facecolor": "none", "edgecolor": ORANGE, "linewidth": 2}  # around a trial
 
 
@@ -120,25 +123,63 @@ def slices(study: optuna.Study) -> Figure:
 
 
 def contour(study: optuna.Study, x: str = "IS", y: str = "UGS") -> Figure:
-    """Accuracy over two parameters, interpolated between the trials (linear on triangles)."""
-    frame = trials_frame(study)
+    """Accuracy over two parameters as a random forest expects it, where the third is the best trial's.
+
+    The forest (as fANOVA's, of 64 trees) learns from all trials and is told how many classifier epochs each one had, so
+    that pruned trials are no valleys; it is asked for whole trials. The points are the trials, at whatever third value.
+    Without a complete trial, or where all scored alike, only these are drawn.
+    """
+    frame = trials_frame(study).astype({"pruned": bool})
     figure, ax = new_axes(size=(5.6, 3.8))
-    points = frame.groupby([x, y], as_index=False).value.max()
-    spread = len(points) and np.ptp(points.value) > 1e-3  # else there is no landscape to draw, only rounding
-    if len(points) >= 4 and points[x].nunique() > 1 and points[y].nunique() > 1 and spread:
-        filled = ax.tricontourf(points[x], points[y], 100 * points.value, levels=10, cmap="viridis")
-        figure.colorbar(filled, ax=ax, label="accuracy on real images (%)")
-    ax.scatter(points[x], points[y], color="white", edgecolor="black", s=22)
+    enough = len(frame) >= 4 and frame[x].nunique() > 1 and frame[y].nunique() > 1
+    best = best_trial(frame) if len(frame) else None
+    if enough and not best.pruned and np.ptp(frame.value) > 1e-3:  # else there is no landscape, only rounding
+        across, up = (np.linspace(frame[name].min(), frame[name].max(), GRID) for name in (x, y))
+        expected = 100 * _expected(frame, best, {x: across, y: up})
+        filled = ax.pcolormesh(across, up, expected, shading="nearest", cmap="viridis")
+        figure.colorbar(filled, ax=ax, label="expected accuracy on real images (%)")
+        (third,) = set(PARAMETERS) - {x, y}
+        ax.set_title(f"a random forest's expectation at {third} {best[third]:.4g}", fontsize=9)
+    for pruned, (_, marker, label) in KINDS.items():
+        part = frame[frame.pruned == pruned]
+        ax.scatter(part[x], part[y], color="white", edgecolor="black", s=30, marker=marker, label=label)
     ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
     for name, axis in ((x, ax.xaxis), (y, ax.yaxis)):
         if name != "UGS":
             axis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(False)
+    if len(frame):
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
-def importance_bars(ours: pd.DataFrame, published: pd.DataFrame = paper.IMPORTANCES) -> Figure:
-    """fANOVA importances: our searches (rows of ``ours``) and the mean of the released ones, step by step."""
+def best_trial(frame: pd.DataFrame) -> pd.Series:
+    """The row of `trials_frame` with the highest accuracy; of a pruned trial only where none is complete."""
+    complete = frame[~frame.pruned.astype(bool)]
+    return frame.loc[(complete if len(complete) else frame).value.astype(float).idxmax()]
+
+
+def _expected(frame: pd.DataFrame, best: pd.Series, grid: dict[str, np.ndarray]) -> np.ndarray:
+    """What a forest expects of whole trials on a grid {x: (X,), y: (Y,)}, all else as the best one's: (Y, X)."""
+    from sklearn.ensemble import RandomForestRegressor  # a second, which the other figures need not wait for
+
+    told = [*PARAMETERS, "classifier_epochs"]
+    forest = RandomForestRegressor(n_estimators=64, random_state=0).fit(frame[told], frame.value)
+    points = pd.DataFrame({name: np.full(GRID * GRID, float(best[name])) for name in told})
+    for name, values in zip(grid, np.meshgrid(*grid.values())):
+        points[name] = values.ravel()
+    return forest.predict(points).reshape(GRID, GRID)
+
+
+def importance_bars(
+    ours: pd.DataFrame, published: pd.DataFrame = paper.IMPORTANCES, intervals: Mapping[str, pd.DataFrame] | None = None
+) -> Figure:
+    """fANOVA importances: our searches (rows of ``ours``) and the mean of the released ones, step by step.
+
+    ``intervals``: for rows of ``ours``, by name, what `bootstrapped_importances` found; a line over each bar goes from
+    "low" to "high".
+    """
+    intervals, lines = intervals or {}, None
     figure, ax = new_axes(size=(7.6, 3.4))
     bars = {f"ours, {name}": row for name, row in ours.iterrows()}
     for step in (2, 4):
@@ -149,6 +190,11 @@ def importance_bars(ours: pd.DataFrame, published: pd.DataFrame = paper.IMPORTAN
     for k, ((label, row), look) in enumerate(zip(bars.items(), looks)):
         at = positions + (k - (len(bars) - 1) / 2) * height
         ax.barh(at, [row[p] for p in PARAMETERS], height * 0.9, label=label, **look)
+        if (interval := intervals.get(label.removeprefix("ours, "))) is not None:
+            low, high = (interval[end].reindex(list(PARAMETERS)) for end in ("low", "high"))
+            lines = ax.hlines(at, low, high, color="black", linewidth=1.5)
+    if lines:
+        lines.set_label("where its trials, resampled, put it")
     ax.set_yticks(positions, [LABELS[p] for p in PARAMETERS])
     ax.invert_yaxis()
     ax.set(xlabel="share of the variance of the accuracy (fANOVA)", xlim=(0, 1))

@@ -12,6 +12,8 @@ import ipywidgets
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .names import printable
+
 CELL = 4  # pixels: clickable spots lie on a grid of this width
 
 
@@ -41,7 +43,17 @@ class Words(ipywidgets.HTML):
     """Lines of plain text. A class name comes with the data, from anyone: it is shown, and never run as HTML."""
 
     def say(self, *lines: str) -> None:
-        self.value = "<br>".join(html.escape(line) for line in lines)
+        self.value = "<br>".join(html.escape(printable(line)) for line in lines)
+
+
+def picker(class_names: Sequence[str], *first: tuple[str, Any]) -> ipywidgets.Dropdown:
+    """A list to pick a class from, by its number; ``first``: (text, value) of what stands above the classes.
+
+    ipywidgets writes its options as text; two that look alike get their numbers.
+    """
+    names = [printable(name) for name in class_names]
+    names = [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return ipywidgets.Dropdown(options=[*first, *((name, i) for i, name in enumerate(names))], description="class")
 
 
 class Explorer:
@@ -90,7 +102,7 @@ class Clickable(ipywidgets.GridBox):
         for button, (ax, x, y, tooltip) in zip(self._buttons, spots):
             across, up = ax.transData.transform((x, y)) / CELL
             row, column = (round(middle - span / 2) + 1 for middle in (height - up, across))
-            button.tooltip = tooltip
+            button.tooltip = printable(tooltip)
             button.layout.grid_area = f"{max(row, 1)} / {max(column, 1)} / span {span} / span {span}"
             button.layout.width = button.layout.height = f"{span * CELL}px"
         show(self._image, figure)

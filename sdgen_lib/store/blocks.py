@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +40,9 @@ def make_block(
     The ranks take turns at its batches, each with the images that it would hold in one process: the block is the same,
     byte for byte, whatever their number. A killed one goes on with the first batch that is not there.
     """
-    shards = [folder / f"part_{k:05d}.npz" for k in range(-(-len(labels) // batch_size))]
+    # Named after the rows that they hold: an earlier attempt may have had batches of another size.
+    starts = range(0, len(labels), batch_size)
+    shards = [folder / f"part_{first:08d}_{len(labels[first : first + batch_size])}.npz" for first in starts]
     if not (folder / BLOCK).is_file():
         _draw(shards, draw, labels, first_index, batch_size, ranks, progress)
         ranks.wait()
@@ -80,8 +83,22 @@ def _is_readable(path: Path, count: int) -> bool:
 
 
 def _images(path: Path) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as file:
-        return file["images"]
+    """The images of a block or batch: uint8 (N, H, W, 3).
+
+    A run folder may be someone else's, so what the file says of its size is checked before numpy makes room for it:
+    ours are not compressed, and hold what their header says. Raises ValueError for another.
+    """
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("images.npy")
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
+            size = math.prod(shape)
+            ours = len(shape) == 4 and min(shape) >= 0 and dtype == np.uint8 and member.file_size == file.tell() + size
+        if not ours or member.compress_type != zipfile.ZIP_STORED or size > path.stat().st_size:
+            raise ValueError(f"{path} is no block of images as sdgen writes them: delete its folder to have it made.")
+        with archive.open(member) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def load_images(path: Path) -> torch.Tensor:

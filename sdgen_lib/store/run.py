@@ -28,6 +28,7 @@ from . import files
 
 RECORD = "record.json"
 STATE = ".state.safetensors"  # what a killed `make` goes on from; it goes once the result is on record
+SAME = " #"  # between a name and its number, where a step needs several results of one name
 DIGITS = 12  # of a fingerprint, in a folder's name
 VERSIONS = ("torch", "diffusers", "transformers", "optuna", "numpy")
 GROWING = (".log", ".lock")  # what other tools may append to has no checksum
@@ -95,16 +96,19 @@ def default_runs_dir() -> Path:
 
 
 def run_path(settings: Settings, dataset_slug: str) -> Path:
-    """The folder of a run. Raises ValueError where ``runs_dir`` begins at a home folder that is not there."""
+    """The folder of a run, of names that every system allows.
+
+    Raises ValueError where ``runs_dir`` begins at a home folder that is not there.
+    """
     try:
         base = Path(settings.runs_dir).expanduser() if settings.runs_dir else default_runs_dir()
     except RuntimeError as error:
         raise ValueError(f"runs_dir {shown(settings.runs_dir)} has no home folder: give another path.") from error
-    backbone = re.sub(r"[^A-Za-z0-9._-]+", "-", settings.backbone.rstrip("/").split("/")[-1])[:80].lstrip(".")
-    backbone = backbone or "local"
-    if "/" in settings.backbone:  # a folder or Hub id: two of one name do not share a folder
+    backbone = re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/\\]", settings.backbone.rstrip("/\\"))[-1])
+    backbone = backbone[:80].lstrip(".") or "local"
+    if re.search(r"[/\\]", settings.backbone):  # a folder or Hub id: two of one name do not share a folder
         backbone += "-" + hashlib.sha256(settings.backbone.encode()).hexdigest()[:8]
-    return base / dataset_slug / f"{backbone}-{settings.recipe}-seed{settings.seed}"
+    return base / files.portable(dataset_slug) / files.portable(f"{backbone}-{settings.recipe}-seed{settings.seed}")
 
 
 class Run:
@@ -137,7 +141,8 @@ class Run:
             ) from error
         for inner in path.rglob("*"):
             if inner.name == STATE and (inner.parent / RECORD).is_file():  # killed before it could go
-                inner.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # read-only: it may stay
+                    inner.unlink(missing_ok=True)
             if inner.is_symlink() and not Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(path)):
                 raise ValueError(f"{inner} is a link that leads out of {path}: delete it or give another runs_dir.")
         if is_of_older_version(path) and ranks.first:
@@ -156,10 +161,18 @@ class Run:
                 "version": step.version,
                 "settings": self.settings.view(*step.topics).to_dict(),
                 "inputs": dict(step.inputs),
-                "needs": {need.name: self.fingerprint(need) for need in step.needs},
+                "needs": self._needs(step),
                 "roots": {root: self.roots[root]() for root in step.roots},
             }
         )
+
+    def _needs(self, step: Step) -> dict[str, str]:
+        """The fingerprints of what a step reads, by name; the second one of a name is "name #2"."""
+        found: dict[str, str] = {}
+        for need in step.needs:
+            same = sum(name.partition(SAME)[0] == need.name for name in found)
+            found[f"{need.name}{SAME}{same + 1}" if same else need.name] = self.fingerprint(need)
+        return found
 
     def folder(self, step: Step) -> Path:
         """Where the result of ``step`` is or will be; not made here."""
@@ -178,7 +191,8 @@ class Run:
 
     def peek(self, step: Step) -> Result | None:
         """The result of ``step`` if it is finished, with all its files; nothing is made."""
-        return read_result(self.folder(step))
+        found = read_result(self.folder(step))
+        return found if found and found.record.get("fingerprint") == self.fingerprint(step) else None
 
     def result(self, step: Step) -> Result:
         """The result of ``step``; made first, with the steps that it needs, if it is not there."""
@@ -190,14 +204,22 @@ class Run:
         with self.lock(step) if self._alone or self.ranks.first else contextlib.nullcontext():
             wait()
             found = self.peek(step)  # another process may have made it meanwhile
+            is_there = self.agreed(found is not None)
             wait()  # until every rank has looked
-            if found is None and step.together:
+            if not is_there and step.together:
                 self._make(step)
-            elif found is None and (self._alone or self.ranks.first):
+            elif not is_there and (self._alone or self.ranks.first):
                 with self.alone():
                     self._make(step)
             wait()  # until it is on record
-        return found or self.peek(step)
+        return (found if is_there else None) or self.peek(step)
+
+    def agreed(self, answer: bool) -> bool:
+        """The first rank's ``answer``, in all of them: they must not part over what each one saw on its disk.
+
+        All ranks call this together. While one is `alone`, its own answer counts.
+        """
+        return answer if self._alone else self.ranks.first_says(answer)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -214,6 +236,7 @@ class Run:
         folder = self.folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         if self.ranks.first:
+            self.forget(step)  # a record whose files were damaged: until it is written anew this is unfinished
             files.remove_leftovers(folder)
             if step.title:
                 print(self.announce(step))
@@ -231,7 +254,7 @@ class Run:
             "fingerprint": self.fingerprint(step),
             "settings": s.view(*step.topics).to_dict(),
             "inputs": dict(step.inputs),
-            "needs": {need.name: self.fingerprint(need) for need in step.needs},
+            "needs": self._needs(step),
             "roots": {root: self.roots[root]() for root in step.roots},
             "run": {"dataset": s.dataset, "backbone": s.backbone, "recipe": s.recipe, "seed": s.seed},
             "facts": dict(facts),
@@ -262,9 +285,10 @@ class Run:
                     f"{result.folder} has no {name}; it holds {', '.join(result.record['files'])}. (What "
                     "keep_unets='used' deleted comes back if you delete this folder.)"
                 )
-            if self._is_whole(path, result.record["files"][name]):
+            if self.agreed(self._is_whole(path, result.record["files"][name])):
                 return path
-            files.move_aside(path)
+            if self._alone or self.ranks.first:
+                files.move_aside(path)
         raise files.DamagedFile(f"{path} was damaged once more while it was made: check the disk.")
 
     def _is_whole(self, path: Path, expected: str | None) -> bool:
@@ -321,7 +345,8 @@ def upstream(run_folder: Path, result: Result) -> dict[str, Result]:
     found, to_see = {result.name: result}, [result]
     while to_see:
         for name, fingerprint in to_see.pop().record["needs"].items():
-            if name not in found and (need := read_result(Path(run_folder) / name / fingerprint[:DIGITS])):
+            folder = Path(run_folder) / name.partition(SAME)[0] / fingerprint[:DIGITS]
+            if name not in found and (need := read_result(folder)):
                 found[name] = need
                 to_see.append(need)
     return found

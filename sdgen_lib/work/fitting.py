@@ -91,5 +91,7 @@ def _left(folder: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor] |
             state = files.load_tensors(folder / STATE)
         except files.DamagedFile:
             return [], None
-        return history[: int(state["epoch"])], state
+        epochs = int(state["epoch"])
+        if all((folder / checkpoint_name(epoch)).is_file() for epoch in range(1, epochs + 1)):
+            return history[:epochs], state
     return [], None

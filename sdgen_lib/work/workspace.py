@@ -42,6 +42,16 @@ class Source:
     passes: Callable[[int], Work]
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def inputs(self) -> dict[str, Any]:
+        """What tells results drawn with this generator from another's that needs and reads the same."""
+        return {"generator": [self.step.name, self.step.version], **self.step.inputs}
+
+
+def load_data(settings: Settings) -> data.ImageData:
+    """The real images that the settings name. The decoded pictures of a folder are kept beside the runs' folders."""
+    kept = run_path(settings, "decoded").parent
+    return data.load(settings.dataset, settings.image_size, settings.seed, base_dir=checkout(), keep_in=kept)
+
 
 class Workspace:
     """One run's data, backbone and results; the data is loaded and checked at once, the backbone when first needed.
@@ -53,7 +63,7 @@ class Workspace:
         self, settings: Settings, ranks: Ranks = ALONE, real: data.ImageData | None = None, path: Path | None = None
     ):
         self.settings, self.ranks = settings, ranks
-        self.data = real or data.load(settings.dataset, settings.image_size, settings.seed, base_dir=checkout())
+        self.data = real or load_data(settings)
         path = path or run_path(settings, self.data.slug)
         self.run = Run(settings, path, self._roots(), self._announcement, ranks)
 

@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import log_softmax, one_hot
@@ -163,8 +164,68 @@ def never_right(small):
 def test_early_stopping_and_plateau(small, rates):
     _, history = classify.train_classifier(small.train, never_right(small), 11, epochs=30, **NEVER)
     assert history == [0.0] * 8  # the best one and seven more
-    # One step an epoch. Epoch 1 sets the best; after 3 epochs without a better one, the fourth lowers the rate.
-    assert rates == pytest.approx([1e-3] * 5 + [1e-4] * 3)
+    # One step an epoch. Epoch 1 sets the best; after 3 epochs without a better one the rate falls, and after 3 more.
+    assert rates == pytest.approx([1e-3] * 4 + [1e-4] * 3 + [1e-5])
+
+
+def keras_rates(accuracies, rate, patience, factor=0.1, min_delta=1e-4, min_lr=1e-5):
+    """The rate of each epoch by Keras' documented rule of ReduceLROnPlateau (mode "max", no cooldown), written out."""
+    best, wait, found = -np.inf, 0, []
+    for accuracy in accuracies:
+        found.append(rate)
+        if accuracy > best + min_delta:
+            best, wait = accuracy, 0
+            continue
+        wait += 1
+        if wait >= patience and rate > min_lr:
+            rate, wait = max(rate * factor, min_lr), 0
+    return found
+
+
+def keras_epochs(accuracies, patience):
+    """How many epochs Keras' EarlyStopping (mode "max", min_delta 0) lets pass, written out."""
+    best, wait = -np.inf, 0
+    for epoch, accuracy in enumerate(accuracies, 1):
+        wait += 1
+        if accuracy > best:
+            best, wait = accuracy, 0
+        elif wait >= patience:
+            return epoch
+    return len(accuracies)
+
+
+def scripted(monkeypatch, accuracies):
+    """Makes a training's validation accuracies these."""
+    left = iter(accuracies)
+    monkeypatch.setattr(training, "accuracy", lambda model, split: next(left))
+
+
+ONE_STEP = dict(width=4, batch_size=100)  # an epoch
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3, 5])
+@pytest.mark.parametrize("rate", [1e-3, 3e-3, 1e-5, 2e-6])
+@pytest.mark.parametrize("seed", range(3))
+def test_patience_counts_as_keras_counts(small, rates, monkeypatch, patience, rate, seed):
+    """On random walks, some of whose steps are smaller than the difference that counts as better."""
+    random = np.random.default_rng(seed)
+    accuracies = 0.5 + np.cumsum(random.choice([-0.01, -5e-5, 0.0, 5e-5, 9e-5, 2e-4, 0.01], size=40))
+    scripted(monkeypatch, accuracies)
+    patiences = {"plateau_patience": patience, "stop_patience": 6}
+    _, history = classify.train_classifier(
+        small.train, small.val, 10, epochs=40, learning_rate=rate, **patiences, **ONE_STEP
+    )
+    assert len(history) == keras_epochs(accuracies, 6)
+    assert rates == pytest.approx(keras_rates(accuracies[: len(history)], rate, patience))
+
+
+@pytest.mark.parametrize(("best", "ended"), [(10, 35), (6, 31)])
+def test_the_protocols_patiences_are_those_of_the_published_trainings(small, rates, monkeypatch, best, ended):
+    """The histories published with the paper (BloodMNIST, x9 and x1) have these best epochs, lengths and rates."""
+    scripted(monkeypatch, [0.1 * (epoch == best) + 0.5 for epoch in range(1, 101)])
+    _, history = classify.train_classifier(small.train, small.val, 10, **ONE_STEP)
+    assert len(history) == ended
+    assert rates == pytest.approx([1e-3] * (best + 10) + [1e-4] * 10 + [1e-5] * 5)
 
 
 def test_on_epoch_and_on_step_can_stop(small):

@@ -113,5 +113,27 @@ def test_a_notebook_shows_the_line_first():
     assert "ZeroDivisionError" in "".join(cells[3].outputs[-1].traceback)
 
 
+def test_how_somebody_else_shows_errors_stays():
+    """A handler of the reader's own, set before; the parameters cell runs twice."""
+    own = """
+def mine(shell, kind, error, frames, tb_offset=None):
+    print("mine:", error)
+get_ipython().set_custom_exc((ZeroDivisionError,), mine)
+"""
+    start = "from sdgen_lib.config.notebook import from_notebook\nasked = from_notebook(globals())"
+    wrong = "asked.view('serach')"
+    sources = [CELL, own, start, CELL, start, "1 / 0", wrong, "eval('1 +')", "[][1]"]
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    book = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(book, kernel_name="python3", allow_errors=True, timeout=300).execute()
+    assert [output.text for output in cells[5].outputs if output.output_type == "stream"] == [
+        "mine: division by zero\n"
+    ]
+    ours, syntax, plain = (cell.outputs[-1] for cell in cells[6:])
+    assert ours.traceback[0].startswith("ValueError: Unknown topic 'serach'.")
+    assert (syntax.ename, plain.ename) == ("SyntaxError", "IndexError")
+    assert "eval" in "".join(syntax.traceback) and not any("registering" in str(cell.outputs) for cell in cells)
+
+
 def test_the_parameters_cell_here_is_a_parameters_cell():
     assert all(f"{name} = " in CELL for name in SHARED)

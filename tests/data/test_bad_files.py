@@ -18,7 +18,7 @@ from PIL import Image, TiffImagePlugin
 from sdgen_lib import data
 from sdgen_lib.config.settings import resolve
 from sdgen_lib.course import Course
-from sdgen_lib.data import readers
+from sdgen_lib.data import parts
 
 
 def listing(folder: Path) -> dict:
@@ -219,7 +219,7 @@ def test_npz_headers_that_lie(refused, tmp_path, member, monkeypatch):
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(refused, tmp_path, monkeypatch):
     """300 MB of zeros in 300 kB; a limit of 100 MB stands for the free memory of a small machine."""
-    monkeypatch.setattr(readers, "_memory_limit", lambda: 100 * 2**20)
+    monkeypatch.setattr(parts, "memory_limit", lambda: 100 * 2**20)
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (300, 1000, 1000), }"
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("train_images.npy", "w") as file:
@@ -306,8 +306,8 @@ def class_folder(root: Path) -> Path:
 
 GREY = Image.new("L", (9, 9), 100)
 BAD_IMAGES = {
-    "empty": (b"", "cannot identify|is not an image"),
-    "text": (b"hello", "is not an image"),
+    "empty": (b"", "it is empty"),
+    "text": (b"hello", "of no allowed format.*Allowed are PNG, JPEG, BMP, GIF, TIFF, WEBP or PPM"),
     "cut off": (png(Image.effect_noise((60, 60), 50))[:900], "truncated|broken|ended"),
     "only a header": (png_header(9, 9), "is not an image"),
     "a bomb": (png_header(60_000, 60_000) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""), "pixels"),
@@ -326,9 +326,9 @@ BAD_IMAGES = {
     "an animation": (saved(GREY, "GIF", save_all=True, append_images=[Image.new("L", (9, 9), 7)]), "2 frames"),
     "an animated PNG": (png(GREY, save_all=True, append_images=[Image.new("L", (9, 9), 7)]), "2 frames"),
     "pages": (saved(GREY, "TIFF", save_all=True, append_images=[GREY]), "2 frames"),
-    "PostScript": (saved(GREY, "EPS"), "cannot identify"),
-    "an icon": (saved(GREY, "ICO"), "cannot identify"),
-    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "cannot identify"),
+    "PostScript": (saved(GREY, "EPS"), "of no allowed format"),
+    "an icon": (saved(GREY, "ICO"), "of no allowed format"),
+    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "of no allowed format"),
     "a text bomb": (
         png_header(9, 9) + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8))) + png(GREY)[33:],
         "is not an image",
@@ -363,6 +363,9 @@ def test_links_that_lead_nowhere_or_round(refused, tmp_path):
     root = class_folder(tmp_path / "pets")
     link = root / "dog" / "link.png"
     link.symlink_to(tmp_path / "nothing")
+    refused("link.png .*it is a link that leads out of the dataset", root)
+    link.unlink()
+    link.symlink_to("gone.png")
     refused("link.png .*it is no file", root)
     link.unlink()
     link.symlink_to(link)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 import urllib.error
 import zipfile
 from pathlib import Path
@@ -174,7 +175,7 @@ def test_names():
     [
         ("digts", "Did you mean 'digits'"),
         ("digts:200", "Unknown dataset 'digts'.*Did you mean 'digits'"),
-        ("pathmnist_28", "Did you mean 'pathmnist"),
+        ("pathmnist_32", "Did you mean 'pathmnist"),
         ("", "Unknown dataset ''"),
         ("chestmnist", "multi-label"),
         ("ChestMNIST_64", "multi-label"),
@@ -186,6 +187,70 @@ def test_names_refused(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         data.load(name)
+
+
+def test_an_unknown_name_may_have_been_a_path(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    with pytest.raises(ValueError, match="Unknown dataset 'pets'.*Or the path of a folder or of a .npz") as error:
+        data.load("pets:20", base_dir=tmp_path)
+    assert f"there is none at {tmp_path / 'notebooks/pets'} or {tmp_path / 'pets'}." in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["pathmnist_28", "PathMNIST_28", "pathmnist"])
+def test_28_pixels_are_medmnists_own_size(name, cache, monkeypatch):
+    place_medmnist(cache, monkeypatch, "pathmnist", side=28)
+    assert data.load(name).slug == "pathmnist" and data.load(f"{name}:20").slug == "pathmnist-20"
+
+
+@pytest.mark.parametrize("number", [2024, 1.5])
+def test_a_number_is_no_dataset_and_may_have_been_a_folder(number):
+    with pytest.raises(TypeError, match=rf"'./{number}', or papermill's -r dataset {number}"):
+        data.load(number)
+
+
+@pytest.mark.parametrize("name", ["2024-05-01 12:30", "digits:200x", "a:b:7", "C:20"])
+def test_a_path_with_a_colon_is_that_path(name, tmp_path, monkeypatch):
+    write_images(tmp_path / name / "cat", 8)
+    write_images(tmp_path / name / "dog", 8)
+    monkeypatch.chdir(tmp_path)
+    dataset = f"./{name}"
+    for place in (dataset, tmp_path / name, str(tmp_path / name)):
+        assert len(data.load(place).train) == 10 and len(data.load(f"{place}:4").train) == 4
+    assert len(data.load(dataset[2:] if "digits" not in name else dataset, base_dir=tmp_path).train) == 10
+    monkeypatch.chdir(tmp_path / name)
+    assert len(data.load(dataset, base_dir=tmp_path).train) == 10
+
+
+def test_a_path_wins_over_a_shorter_path_and_a_number_and_a_name_over_both(tmp_path, monkeypatch):
+    for name, count in (("pets", 20), ("pets:6", 8), ("digits:50", 8)):
+        write_images(tmp_path / name / "cat", count)
+        write_images(tmp_path / name / "dog", count)
+    monkeypatch.chdir(tmp_path)
+    assert len(data.load("pets:6").train) == 10 and len(data.load("pets:5").train) == 5
+    assert data.load("digits:50").slug == "digits-50" and len(data.load("./digits:50").train) == 10
+
+
+def test_npz_in_capitals(tmp_path):
+    path = write_npz(tmp_path / "mine.npz").rename(tmp_path / "MINE.NPZ")
+    assert data.load(path).slug.startswith("MINE-")
+    with pytest.raises(FileNotFoundError, match="No file or folder at"):
+        data.load("missing.NPZ")
+
+
+@pytest.mark.parametrize("names", [np.array(["a", "b", "c"], object), np.array([b"a", b"b", b"c"])])
+def test_class_names_that_are_no_text_arrays(tmp_path, names):
+    with pytest.raises(ValueError, match=r"class_names.astype\(str\)"):
+        data.load(write_npz(tmp_path / "mine.npz", class_names=names))
+
+
+def test_class_names_of_an_npz_are_composed(tmp_path):
+    decomposed = unicodedata.normalize("NFD", "Übung")
+    path = write_npz(tmp_path / "mine.npz", class_names=np.array([decomposed, "b", "c"]))
+    assert data.load(path).class_names[0] == unicodedata.normalize("NFC", "Übung")
+    both = np.array([decomposed, unicodedata.normalize("NFC", "Übung"), "c"])
+    with pytest.raises(ValueError, match="C different strings"):
+        data.load(write_npz(tmp_path / "both.npz", class_names=both))
 
 
 @pytest.mark.parametrize("dataset", [5, None, b"digits", ["digits"]])
@@ -600,10 +665,6 @@ def add_text(root):
     (root / "a/notes.txt").write_text("hello")
 
 
-def add_folder(root):
-    (root / "a/more").mkdir()
-
-
 def empty_class(root):
     (root / "c").mkdir()
 
@@ -635,9 +696,8 @@ def lacks_test_class(root):
     [
         (spoil_image, r"a/1.png is not an image that can be read"),
         (add_text, r"a/notes.txt is not an image"),
-        (add_folder, r"a/more is not an image"),
         (empty_class, r"c is an empty class folder"),
-        (train_only, "train/ only; ready-made splits need both train/ and test/"),
+        (train_only, "train/ only, beside a/, b/; ready-made splits need both train/ and test/.*give .*pets/train"),
         (other_test_class, "test/z is a class that train/ does not have"),
         (no_test_images, "test has no images"),
         (lacks_test_class, "no test image of class 'b'"),

@@ -1,6 +1,7 @@
 """Whatever bytes stand in an .npz file or an image folder: it is read rightly, or refused in one line that names it."""
 
 import io
+import unicodedata
 import warnings
 import zipfile
 from pathlib import Path
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 from PIL import Image
 
-from sdgen_lib.data import readers
+from sdgen_lib.data.folders import read_folder
+from sdgen_lib.data.npz import read_npz
 
 bounded = settings(
     max_examples=150,
@@ -36,7 +38,7 @@ def outcome(read, path: Path):
 
 def check_parts(found, side=None) -> None:
     """What a reader may return: the layout that `data` relies on."""
-    slug, class_names, parts = found
+    slug, class_names, parts = found.slug, found.class_names, found.parts
     assert all(isinstance(name, str) for name in class_names) and "/" not in slug and not slug.startswith(".")
     for images, labels in parts.values():
         assert images.dtype == np.uint8 and images.ndim in (3, 4) and images.shape[1] == images.shape[2]
@@ -68,9 +70,9 @@ def test_an_npz_with_changed_bytes(tmp_path, cut, edits):
         content[at % len(content)] = value
     path = tmp_path / "mine.npz"
     path.write_bytes(content[: edits[0][0] % len(content)] if cut else content)
-    if (found := outcome(readers.read_npz, path)) is not None:
+    if (found := outcome(read_npz, path)) is not None:
         check_parts(found)
-        images, labels = found[2]["train"]  # the archive's CRC: what got through is what was written
+        images, labels = found.parts["train"]  # the archive's CRC: what got through is what was written
         assert images.shape == (4, 8, 8) and labels.tolist() == [0, 1, 0, 1]
 
 
@@ -81,7 +83,7 @@ def test_an_npz_of_any_members(tmp_path, headers, magic):
     with zipfile.ZipFile(path, "w") as archive:
         for key, content in zip(("train_images", "train_labels", "test_images", "test_labels"), headers):
             archive.writestr(f"{key}.npy", (b"\x93NUMPY\x01\x00" if magic else b"") + content)
-    assert outcome(readers.read_npz, path) is None
+    assert outcome(read_npz, path) is None
 
 
 any_array = np_st.arrays(
@@ -96,10 +98,10 @@ def test_an_npz_of_any_arrays(tmp_path, images, labels, names):
     path = tmp_path / "mine.npz"
     arrays = dict(train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     np.savez(path, **arrays, **({} if names is None else {"class_names": names}))
-    found = outcome(readers.read_npz, path)
+    found = outcome(read_npz, path)
     if found is not None:
         check_parts(found)
-        assert np.array_equal(found[2]["train"][0], images) and np.array_equal(found[2]["test"][1], labels)
+        assert np.array_equal(found.parts["train"][0], images) and np.array_equal(found.parts["test"][1], labels)
 
 
 @bounded
@@ -115,12 +117,12 @@ def test_every_right_npz_is_read_as_numpy_reads_it(tmp_path, images, classes, or
     np.savez(
         path, train_images=np.asarray(images, order=order), train_labels=labels, test_images=images, test_labels=labels
     )
-    _, class_names, parts = readers.read_npz(path)
+    found = read_npz(path)
     with np.load(path, allow_pickle=False) as file:
         for part in ("train", "test"):
-            assert np.array_equal(parts[part][0], file[f"{part}_images"])
-            assert np.array_equal(parts[part][1], file[f"{part}_labels"])
-    assert len(class_names) == min(classes, len(images))
+            assert np.array_equal(found.parts[part][0], file[f"{part}_images"])
+            assert np.array_equal(found.parts[part][1], file[f"{part}_labels"])
+    assert len(found.class_names) == min(classes, len(images))
 
 
 def encoded(kind: str) -> bytes:
@@ -154,10 +156,10 @@ def test_a_folder_with_changed_images_under_any_name(tmp_path, kind, edits, cut,
         (folder / name).write_bytes(content)
     except (OSError, UnicodeEncodeError):
         return  # no name for a file here
-    found = outcome(lambda path: readers.read_folder(path, 8), root)
+    found = outcome(lambda path: read_folder(path, 8), root)
     if found is not None:
         check_parts(found, side=8)
-        assert found[2]["all"][0].shape == (1, 8, 8, 3)
+        assert found.parts["all"][0].shape == (1, 8, 8, 3)
 
 
 @bounded
@@ -172,7 +174,7 @@ def test_class_folders_of_any_name(tmp_path, name):
         (root / name / "1.png").write_bytes(IMAGES["PNG"])
     except (OSError, ValueError):
         return
-    found = outcome(lambda path: readers.read_folder(path, 8), root)
+    found = outcome(lambda path: read_folder(path, 8), root)
     if found is not None:
         check_parts(found, side=8)
-        assert found[1] == (name,)
+        assert found.class_names == (unicodedata.normalize("NFC", name),)

@@ -10,6 +10,7 @@ import torch
 from sdgen_lib.diffusion import backbone
 from sdgen_lib.diffusion.conditions import Condition, ContextTable
 from sdgen_lib.diffusion.generate import generate
+from sdgen_lib.diffusion.generator import LatentGenerator
 from sdgen_lib.diffusion.training import Latents, fit, held_out_losses
 
 N = 4  # latents that pass at once
@@ -134,3 +135,19 @@ def test_the_compiled_tiny_unet_draws_what_the_plain_one_draws(tiny_copy):
     tiny_copy.put_unet("less", lambda: {name: 0.9 * value for name, value in tiny_copy.unet.state_dict().items()})
     plain, fast = (generate(tiny_copy, table(tiny_copy), labels, **how, compiled=kind) for kind in (False, True))
     assert int((fast.int() - plain.int()).abs().max()) <= 2
+
+
+def test_it_is_compiled_for_the_contexts_that_it_is_given(tiny_copy, monkeypatch):
+    """A Class-Encoder may have another number of tokens than the text encoder."""
+    asked = []
+
+    def compiled(unet, latents, t, *, encoder_hidden_states):
+        asked.append((len(latents), encoder_hidden_states.shape[1]))
+        return unet
+
+    monkeypatch.setattr(backbone, "compiled", compiled)
+    table = ContextTable(torch.zeros(2, 5, tiny_copy.width), torch.zeros(5, tiny_copy.width))
+    made = LatentGenerator(tiny_copy, table, ("a", "b"), 1, 2.0, batch_size=3, compiles=True)
+    made([0, 1, 0])
+    assert asked == [(6, 5)]
+    assert tiny_copy.is_compiled_for(6, 5) and not tiny_copy.is_compiled_for(6)

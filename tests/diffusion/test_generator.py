@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,7 +51,48 @@ WRONG = [
     ([-1], "not -1"),
     ([0.5], "not 0.5"),
     (torch.tensor([2, 7]), "not 7"),
+    (1, r"must be a list, one entry an image: \[1\]"),
+    (None, "must be a list of class numbers or names, one for each image, not None"),
+    ({"one": 1}, "must be a list of class numbers or names"),
+    (torch.tensor(1), "must be a list of class numbers or names"),
+    ([None], "from 0 to 2 .*, not None"),
+    ([float("nan")], "not nan"),
+    ([float("inf")], "not inf"),
+    ([1 + 2j], "not .1"),
+    ([True], "not True"),
+    ([object()], "not <object"),
+    (torch.tensor([[0, 1]]), r"must be a flat list, .* is \[0, 1\]"),
+    (np.zeros((2, 2), int), "must be a flat list"),
+    ([[0], ["one"]], "must be a flat list"),
 ]
+GIVEN = [
+    ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number from 1 to 1000, not 2.5"),
+    ({"num_inference_steps": 0}, "not 0"),
+    ({"num_inference_steps": 1001}, "not 1001"),
+    ({"num_inference_steps": "10"}, "not '10'"),
+    ({"num_inference_steps": True}, "not True"),
+    ({"guidance_scale": "2"}, "guidance_scale must be a number of at least 0, not '2'"),
+    ({"guidance_scale": -0.5}, "not -0.5"),
+    ({"guidance_scale": float("nan")}, "not nan"),
+    ({"guidance_scale": float("inf")}, "not inf"),
+    ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+    ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, not -1"),
+    ({"seed": 0.5}, "seed must be .* not 0.5"),
+    ({"first_index": -1}, "first_index must be a whole number of at least 0, not -1"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), GIVEN)
+def test_settings_that_cannot_be_sampled(generator, given, message):
+    with pytest.raises(ValueError, match=message):
+        generator([0], **given)
+
+
+def test_whole_numbers_of_any_kind(generator):
+    how = {"num_inference_steps": np.int64(1), "guidance_scale": np.float32(1.5), "batch_size": np.int32(2)}
+    expected = generator([2, 0], num_inference_steps=1, guidance_scale=1.5)
+    for labels in ([2.0, np.int8(0)], np.array([2, 0]), (torch.tensor(2), 0), torch.tensor([2, 0], dtype=torch.uint8)):
+        assert torch.equal(generator(labels, **how), expected)
 
 
 @pytest.mark.parametrize(("labels", "message"), WRONG)
@@ -74,7 +116,7 @@ def test_its_weights_are_put_in_place_first(generator):
 def test_it_compiles_what_fills_a_batch_once_its_weights_are_there(generator, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        backbone.Backbone, "compile_unet", lambda self, batch: asked.append((batch, self.unet_key, self.unet.dtype))
+        backbone.Backbone, "compile_unet", lambda self, batch, *_: asked.append((batch, self.unet_key, self.unet.dtype))
     )
     generator.backbone.set_unet(dtype=torch.bfloat16)
     unet = ("other", generator.backbone.unet.state_dict)

@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from sdgen_lib.machine.compiling import compiled
+from sdgen_lib.machine.passes import Pass
+from sdgen_lib.work import cost
 
 needs_a_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler here")
 
@@ -35,6 +38,8 @@ def test_what_one_process_compiled_every_other_finds(tmp_path):
     work = """
 import torch
 from sdgen_lib.machine.compiling import compiled
+from sdgen_lib.machine.passes import Pass
+from sdgen_lib.work import cost
 compiled(torch.nn.Linear(8, 4), torch.zeros(5, 8))
 """
     for first in ("torch", "optuna"):  # Optuna's modules name torch before torch is imported
@@ -49,3 +54,12 @@ def test_without_a_compiler_nothing_is_compiled_and_a_line_says_so(layer, monkey
     assert compiled(layer, torch.zeros(6, 8)) is None
     said = capsys.readouterr().err
     assert "stays uncompiled" in said and "no-such-compiler" in said and len(said.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("gains", "share"), [(True, 0.65), (False, 1.0)])
+def test_an_estimate_takes_off_what_compiling_was_measured_to_save(monkeypatch, gains, share):
+    """A small UNet on a CPU is where it was; nothing is promised of another model or device."""
+    monkeypatch.setattr(cost, "_measured", {})
+    monkeypatch.setitem(cost.MEASURES, "unet", lambda backbone, kind: 2.0)
+    backbone = types.SimpleNamespace(name="x", device="cpu", dtype=torch.float32, gains_by_compiling=gains)
+    assert cost.seconds(backbone, {Pass("compiled unet", 8): 10}) == pytest.approx(20.0 * share)

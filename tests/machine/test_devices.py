@@ -81,7 +81,7 @@ def test_named_precision():
 )
 def test_automatic_precision_of_a_processor(monkeypatch, flags, expected):
     devices._cpu_computes_bf16.cache_clear()
-    monkeypatch.setattr(devices.Path, "read_text", lambda path: flags)
+    monkeypatch.setattr(devices.Path, "read_text", lambda path, **_: flags)
     assert devices.compute_dtype("auto", "cpu") == devices.classifier_dtype("auto", "cpu") == expected
     devices._cpu_computes_bf16.cache_clear()
 

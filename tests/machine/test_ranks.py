@@ -21,7 +21,8 @@ here = ranks.launched()
 total = torch.tensor([here.rank + 1.0, 10.0])
 here.add_up([total])
 here.wait()
-Path(f"{here.rank}.txt").write_text(f"{here.rank} of {here.count}, first {here.first}: {total.tolist()}")
+said = [here.first_says(here.rank == 0), here.first_says(here.rank == 1)]
+Path(f"{here.rank}.txt").write_text(f"{here.rank} of {here.count}, first {here.first}: {total.tolist()}, {said}")
 """
 
 
@@ -31,6 +32,7 @@ def test_alone():
     total = torch.tensor([1.0])
     ranks.ALONE.add_up([total])
     assert total == 1
+    assert ranks.ALONE.first_says(True) and not ranks.ALONE.first_says(False)
     assert not ranks.Ranks(1, 2).first
 
 
@@ -47,7 +49,7 @@ def test_two_processes_add_up(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
-    assert said == ["0 of 2, first True: [3.0, 20.0]", "1 of 2, first False: [3.0, 20.0]"]
+    assert said == [f"{k} of 2, first {k == 0}: [3.0, 20.0], [True, False]" for k in (0, 1)]
 
 
 def test_a_process_that_was_started_by_hand_is_alone():

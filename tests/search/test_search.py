@@ -8,7 +8,8 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from sdgen_lib.search.search import Space, importances, plan, search, trials_frame
+from sdgen_lib.machine.seeds import derived
+from sdgen_lib.search.search import Space, bootstrapped_importances, importances, plan, search, trials_frame
 from sdgen_lib.search.study import FINISHED, open_study, resume_study
 from tests.search import search_worker
 from tests.search.search_worker import SPACE
@@ -68,6 +69,17 @@ def test_plan(n_trials, n_epochs, brackets, startup):
     pruner, sampler = plan(n_trials, n_epochs, seed=0)
     assert brackets_of(pruner, n_epochs) == brackets
     assert startup_of(sampler) == startup
+
+
+def test_what_is_said_of_optunas_defaults():
+    """Of 50 trials over 100 epochs TPE proposes some 20: those after the first ten of their bracket."""
+    pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=100, reduction_factor=3)
+    pruner.prune(optuna.create_study(), optuna.trial.create_trial(value=0.0))
+    shares = np.array(pruner._trial_allocation_budgets)
+    assert shares.tolist() == [81, 34, 15, 8, 5]
+    dealt = np.random.default_rng(0).multinomial(50, shares / shares.sum(), 2000)
+    assert np.maximum(dealt - 10, 0).sum(1).mean() == pytest.approx(20.5, abs=1)
+    assert (dealt[:, 1:] <= 16).mean() > 0.9  # four of the five hardly leave their random start
 
 
 @pytest.mark.parametrize(
@@ -188,6 +200,45 @@ def test_selecting_on_the_test_set(tmp_path, formula, digits):
     frame = trials_frame(study)
     np.testing.assert_allclose(frame.value, frame.test_accuracy)
     np.testing.assert_allclose(frame.val_accuracy, 2 * frame.test_accuracy)
+
+
+@pytest.mark.parametrize("select_on", ["val", "test"])
+def test_the_test_set_is_looked_at_once_a_trial(tmp_path, digits, monkeypatch, select_on):
+    """The value is that of the best validation epoch's classifier, though a later one is better on the test set."""
+    looks = []
+
+    def train_classifier(*images, on_epoch, **options):
+        model, history = search_worker.Right(), [0.3, 0.6, 0.6, 0.2]
+        for epoch, (val, test) in enumerate(zip(history, [0.1, 0.5, 0.8, 0.9]), 1):
+            model.accuracy.fill_(test)
+            on_epoch(epoch, model, val)
+        return model, history
+
+    def accuracy(model, split):
+        looks.append(split is digits.test)
+        return float(model.accuracy)
+
+    monkeypatch.setattr("sdgen_lib.search.search.train_classifier", train_classifier)
+    monkeypatch.setattr("sdgen_lib.search.search.accuracy", accuracy)
+    study = run(
+        opened(tmp_path / "journal.log"), search_worker.images_of, digits, n_trials=3, epochs=4, select_on=select_on
+    )
+    frame = trials_frame(study)
+    assert looks == [True] * 3
+    assert frame.test_accuracy.eq(0.5).all() and frame.val_accuracy.eq(0.6).all()
+    assert frame.value.eq(0.5 if select_on == "test" else 0.6).all()
+    assert list(study.trials[0].intermediate_values.values()) == [0.3, 0.6, 0.6, 0.6]  # the pruner sees no test image
+
+
+def test_what_is_pruned_does_not_depend_on_the_test_images(tmp_path, formula, digits):
+    """A pruned trial's value is of the kind of the others', and only the validation accuracy decides on pruning."""
+    study = opened(tmp_path / "journal.log")
+    frame = trials_frame(run(study, formula[0], digits, n_trials=12, select_on="test"))
+    assert frame.pruned.any()
+    expected = np.exp(-((frame.UGS - 2) ** 2) / 4) * frame.classifier_epochs / 9
+    np.testing.assert_allclose(frame.value, expected / 2)
+    for trial in study.trials:
+        np.testing.assert_allclose(max(trial.intermediate_values.values()), trial.user_attrs["val_accuracy"])
 
 
 def test_two_searches_of_one_seed_are_the_same(tmp_path, formula, digits):
@@ -374,3 +425,60 @@ def test_importances_need_four_trials(study_of):
     with pytest.raises(ValueError, match="at least 4 finished trials, and this search has 3"):
         importances(study_of(rows[:3]))
     assert importances(study_of(rows)).sum() == pytest.approx(1)
+
+
+# --- how far importances can be trusted ---
+
+
+def test_bootstrapped_importances_hold_the_plain_ones(study_of):
+    study = study_of(random_rows(lambda a, b, c: a + 3 * b, count=60))
+    found = bootstrapped_importances(study, repeats=10)
+    assert list(found.index) == ["IS", "UGS", "epoch"]
+    assert list(found.columns) == ["importance", "low", "high", "trials"]
+    assert found.importance.to_dict() == importances(study).to_dict() and found.trials.eq(60).all()
+    assert (found.low < found.high).all() and found.low.min() >= 0 and found.high.max() <= 1
+    assert found.low["UGS"] > 0.5 > found.high["IS"] > 0.02 and found.high["epoch"] < 0.2
+    assert found.equals(bootstrapped_importances(study, repeats=10))
+
+
+def test_the_interval_is_that_of_a_bootstrap_written_out(study_of):
+    """With replacement, as many as there are; quantiles of the importances by Optuna's own evaluator."""
+    study, seed = study_of(random_rows(lambda a, b, c: a + b * c, count=12)), 5
+    random, drawn = np.random.default_rng(derived(seed, "bootstrap of importances")), []
+    for rows in random.integers(12, size=(8, 12)):
+        resampled = study_of([])
+        for row in rows:
+            resampled.add_trial(study.trials[row])
+        drawn.append(importances(resampled, seed).to_numpy())
+    found = bootstrapped_importances(study, seed, repeats=8, level=0.8)
+    np.testing.assert_allclose(found.low, np.quantile(drawn, 0.1, axis=0))
+    np.testing.assert_allclose(found.high, np.quantile(drawn, 0.9, axis=0))
+
+
+def test_fewer_trials_say_less(study_of):
+    widths = []
+    for count in (12, 200):
+        found = bootstrapped_importances(study_of(random_rows(lambda a, b, c: a + b, count=count)), repeats=10)
+        widths.append((found.high - found.low).mean())
+    assert widths[0] > 2 * widths[1]
+
+
+def test_pruned_trials_may_be_left_out_of_the_bootstrap(study_of):
+    rows = list(random_rows(lambda a, b, c: a, count=40)) + list(random_rows(lambda a, b, c: b, count=40, prune=40))
+    alone = bootstrapped_importances(study_of(rows), pruned=False, repeats=4)
+    assert alone.trials.eq(40).all() and alone.importance["IS"] > 0.9
+    assert alone.importance.to_dict() == importances(study_of(rows[:40])).to_dict()
+    assert bootstrapped_importances(study_of(rows), repeats=4).trials.eq(80).all()
+    with pytest.raises(ValueError, match="at least 4 finished trials, and this search has 0"):
+        bootstrapped_importances(study_of(rows[40:]), pruned=False)
+
+
+@pytest.mark.parametrize("wrong", [{"level": 0}, {"level": 1.0}, {"repeats": 1}])
+def test_a_bootstrap_of_nothing_is_refused(study_of, wrong):
+    with pytest.raises(ValueError, match="give a level between 0 and 1, and 2 or more repeats"):
+        bootstrapped_importances(study_of(random_rows(lambda a, b, c: a, count=8)), **wrong)
+
+
+def test_a_bootstrap_without_variance_is_nan(study_of):
+    found = bootstrapped_importances(study_of(random_rows(lambda a, b, c: 0.5, count=10)), repeats=3)
+    assert found[["importance", "low", "high"]].isna().all(axis=None)

@@ -252,17 +252,60 @@ def test_a_stale_trial_is_queued_again_three_times_at_most(digits, formula, tmp_
 # --- the copy in the run folder ---
 
 
-def test_the_search_is_what_finished_first(tmp_path):
-    """Whatever the numbers are, by which the copy is sorted; what runs or has failed is no part of it."""
+@pytest.mark.parametrize("n_trials", [3, 4, 5])
+def test_the_search_is_the_finished_trials_of_the_lowest_numbers(tmp_path, n_trials):
+    """Whatever the workers' clocks said; what runs or has failed is no part of it."""
     study, now = open_study(tmp_path / "shared.log", "step 2"), datetime.datetime(2030, 1, 1)
+    study.tell(study.ask(), state=TrialState.FAIL)
+    study.ask()
     for value, minute in ((0.0, 5), (0.1, 2), (0.2, 4), (0.3, 4), (0.4, 1)):
         trial = optuna.trial.create_trial(value=value)
         trial.datetime_complete = now + datetime.timedelta(minutes=minute)
         study.add_trial(trial)
-    study.ask()
-    study.tell(study.ask(), state=TrialState.FAIL)
-    for n_trials, values in ((3, [0.1, 0.2, 0.4]), (4, [0.1, 0.2, 0.3, 0.4]), (9, [0.0, 0.1, 0.2, 0.3, 0.4])):
-        assert [t.value for t in keep(study, tmp_path / f"{n_trials}.log", n_trials).trials] == values
+    copy = keep(study, tmp_path / "copy.log", n_trials)
+    assert [t.value for t in copy.trials] == [0.0, 0.1, 0.2, 0.3, 0.4][:n_trials]
+    assert {t.state for t in copy.trials} == {TrialState.COMPLETE}
+
+
+def test_fewer_trials_than_asked_for_are_all_kept(tmp_path):
+    study = with_trials(tmp_path / "shared.log", 3)
+    assert len(keep(study, tmp_path / "copy.log", 9).trials) == 3
+    assert len(study.trials) == 3  # nothing is written down before there are enough
+
+
+@pytest.mark.parametrize("where", ["shared.log", "sqlite"])
+def test_every_worker_keeps_what_the_first_one_kept(tmp_path, where):
+    """Workers that were busy then finish a trial of a lower number, and one by a clock that is a year behind."""
+    place = f"sqlite:///{tmp_path}/search.db" if where == "sqlite" else tmp_path / where
+    study = open_study(place, "step 2")
+    late = study.ask()
+    for value in range(4):
+        study.tell(study.ask(), value)
+    first = keep(study, tmp_path / "first.log", 4)
+    study.tell(late, 9.0)
+    behind = optuna.trial.create_trial(value=8.0)
+    behind.datetime_start = behind.datetime_complete = datetime.datetime.now() - datetime.timedelta(days=365)
+    study.add_trial(behind)
+    late_ones = keep(open_study(place, "step 2"), tmp_path / "late.log", 4)
+    assert [t.value for t in first.trials] == [t.value for t in late_ones.trials] == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_of_two_workers_that_ask_at_once_the_earlier_word_counts(tmp_path, monkeypatch):
+    """Each has seen that nothing is written down yet; the second has seen one trial more."""
+    study = open_study(tmp_path / "shared.log", "step 2")
+    late = study.ask()
+    for value in range(4):
+        study.tell(study.ask(), value)
+    other, add_trial, kept = open_study(tmp_path / "shared.log", "step 2"), study.add_trial, []
+
+    def slower(trial):  # while this one is about to write, the other one does all of its part
+        kept.append(keep(other, tmp_path / "other.log", 4))
+        study.tell(late, 9.0)
+        add_trial(trial)
+
+    monkeypatch.setattr(study, "add_trial", slower)
+    kept.append(keep(study, tmp_path / "mine.log", 4))
+    assert [t.value for t in kept[0].trials] == [t.value for t in kept[1].trials] == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_a_copy_is_left_as_it_is(tmp_path):

@@ -1,12 +1,16 @@
 """The cards: what they say is of what they go with, and nothing in them is private."""
 
+import ast
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
+import mistune
 import numpy as np
 import pytest
 import small as small_run
+import strange_names
 import torch
 import yaml
 
@@ -17,6 +21,7 @@ from sdgen_lib.evaluate.scaling import scaling_step
 from sdgen_lib.evaluate.sets import synthetic
 from sdgen_lib.share import cards, export
 from sdgen_lib.share.origin import Origin, cas_of_generator, cas_of_real, cas_of_set, public_backbone, public_dataset
+from sdgen_lib.show.names import printable
 
 ORIGIN = Origin(
     "digits:100", "tiny", "demo", 3, "after 4",
@@ -78,10 +83,49 @@ def test_a_generator_card():
     assert "Classes: ant, bee." in text
 
 
-def test_class_names_stay_in_their_cells():
-    data = data_of(("<img src=x onerror=alert(1)>", "a|b"))
-    text = card_of(data=data) + cards.generator_card(ORIGIN, data, None, out="x", point={"steps": 1, "guidance": 1})
-    assert "<img" not in text and "| 1 | a\\|b | bee |" in text
+def rendered(text) -> strange_names.Page:
+    """A card's body as a page on GitHub or the Hub: HTML let through, tables, bare links and mathematics read."""
+    plugins = ["table", "strikethrough", "url", "math"]
+    return strange_names.Page(mistune.create_markdown(escape=False, plugins=plugins)(text.split("---\n", 2)[2]))
+
+
+@pytest.mark.parametrize("name", strange_names.ALL)
+def test_class_names_stay_in_their_cells(name):
+    plain, strange = data_of(("ant", "bee")), data_of((name, "bee"))
+    folders = ["ant", "bee"]
+    for card in (
+        lambda data: card_of(data=data, folders=folders),
+        lambda data: cards.generator_card(ORIGIN, data, None, out="x", point={"steps": 1, "guidance": 1}),
+    ):
+        page = rendered(card(strange))
+        assert page.tags == rendered(card(plain)).tags
+        assert name not in strange_names.SEEN[:2] or "<img" not in card(strange)
+    cells = [cell.strip() for cell in rendered(card_of(data=strange, folders=folders)).cells]
+    assert cells[-6:] == ["0", printable(name).strip(), "ant", "1", "bee", "bee"]
+
+
+@pytest.mark.parametrize("name", strange_names.ALL)
+def test_a_model_and_a_folder_may_be_called_anything(name):
+    """`public_backbone` gives the last part of a path; OUT is the reader's own."""
+    origin = dataclasses.replace(ORIGIN, backbone=f"{name} (a local folder)")
+    plain = dataclasses.replace(ORIGIN, backbone="x (a local folder)")
+    for card in (
+        lambda origin, out: card_of(origin, out=out),
+        lambda origin, out: card_of(origin, out=out, form="folder"),
+        lambda origin, out: card_of(origin, out=out, form="parquet"),
+        lambda origin, out: cards.generator_card(origin, data_of(), None, out=out, point={"steps": 1, "guidance": 1}),
+    ):
+        assert rendered(card(origin, name)).tags == rendered(card(plain, "x")).tags
+        (program,) = re.findall(r"```python\n(.+?)\n```\n", card(origin, name), re.S)
+        texts = [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)]
+        assert any(text == f"./{name}" or str(text).startswith(f"./{name}/") for text in texts)
+
+
+def test_a_header_stays_a_header():
+    for dataset in (*strange_names.ALL, "a: b", "x\n---\nlicense: mit"):
+        text = card_of(dataclasses.replace(ORIGIN, dataset=dataset))
+        (header, _) = list(yaml.safe_load_all(text.split("\n# ", 1)[0] + "\n"))[:2]
+        assert header["license"] == "other" and header["pretty_name"] == f"{dataset}, drawn by sdgen (x2)"
 
 
 def test_licences():
@@ -178,12 +222,16 @@ def test_rows_of_another_set_are_not_shown(small, prompts, tmp_path):
     assert cas_of_set(nested, source, 3) is None
     # Measured with other classifiers, it is still this set: the newest counts, and the real row beside it is alike.
     more = small(tmp_path / "runs", max_multiple=3, classifier_seeds=3).workspace
-    assert cas_of_real(nested, made["nested", 1]) is None
+    assert cas_of_real(nested, source, made["nested", 1]) is None
     newest = more.run.result(scaling_step(more, prompts(more), "x1"))
     real = more.run.result(scaling_step(more, prompts(more), "real"))
     assert cas_of_set(nested, source, 1).fingerprint == newest.fingerprint
-    assert cas_of_real(nested, newest).fingerprint == real.fingerprint == cas_of_real(nested, None).fingerprint
-    assert cas_of_real(nested, made["nested", 1]) is None
+    assert (
+        cas_of_real(nested, source, newest).fingerprint
+        == real.fingerprint
+        == cas_of_real(nested, source, None).fingerprint
+    )
+    assert cas_of_real(nested, source, made["nested", 1]) is None
 
 
 def test_the_row_of_a_generator_is_its_own(small, prompts, tmp_path):

@@ -1,17 +1,21 @@
 """What is taken away, read back by the libraries it is meant for; and which run's results they are."""
 
 import dataclasses
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small as small_run
+import strange_names
 import torch
 
 from sdgen_lib import data
@@ -207,13 +211,14 @@ def test_one_block_is_in_memory_at_a_time(small, prompts, tmp_path, monkeypatch)
     ws, opened = small(tmp_path / "runs").workspace, []
     synthetic(ws, prompts(ws), 3)
     monkeypatch.setattr(export, "synthetic", None)
-    load = np.load
 
-    def counted(path, **options):
-        opened.append(Path(path).parents[1].name)
-        return load(path, **options)
+    class Counted(zipfile.ZipFile):
+        def __init__(self, path, *how):
+            if Path(path).name == "images.npz":
+                opened.append(Path(path).parents[1].name)
+            super().__init__(path, *how)
 
-    monkeypatch.setattr(np, "load", counted)
+    monkeypatch.setattr(zipfile, "ZipFile", Counted)
     export.export(ws, prompts(ws), "npz", tmp_path / "out")
     assert opened == ["block_01", "block_02", "block_03"]
 
@@ -286,15 +291,17 @@ def take(run, to, out, *more):
 
 
 def test_command_line(course, expected, tmp_path, capsys):
-    run = course.run.path
-    out = take(run, "npz", tmp_path / "out")
+    run, where = course.run.path, ("--dataset", course.settings.dataset)
+    out = take(run, "npz", tmp_path / "out", *where)
     assert str(out) in capsys.readouterr().out
     assert same(train_of(out), expected["train"])
-    assert same(train_of(take(run, "npz", tmp_path / "one", "--multiple", "1")), expected["train"].take(range(6)))
-    loaded = generator.load(take(run, "generator", tmp_path / "two", "--row", "after 2"), "cpu", "fp32")
+    assert same(
+        train_of(take(run, "npz", tmp_path / "one", "--multiple", "1", *where)), expected["train"].take(range(6))
+    )
+    loaded = generator.load(take(run, "generator", tmp_path / "two", "--row", "after 2", *where), "cpu", "fp32")
     assert torch.equal(loaded(LABELS), course.draw(course.point("after 2"), LABELS, "generator"))
     for wrong, words in (
-        ([str(run), "--to", "npz", str(out)], "already there"),
+        ([str(run), "--to", "npz", str(out), *where], "already there"),
         ([str(tmp_path), "--to", "npz", str(tmp_path / "new")], "is no run folder"),
         ([str(run.parent), "--to", "npz", str(tmp_path / "new")], "is no run folder"),
         ([str(run), "--to", "npz"], "--to folder"),
@@ -324,11 +331,11 @@ def test_a_run_with_several_results(small, tmp_path, capsys):
     first = small(tmp_path / "runs", transfer_epochs=1)
     second = small(tmp_path / "runs", transfer_epochs=1, n_trials=3)
     sets = [course.synthetic(1) for course in (first, second)]
-    run = first.run.path
+    run, where = first.run.path, ("--dataset", first.settings.dataset)
     older, newer = choices(run, "npz", "after 4")
     assert (older.settings["n_trials"], newer.settings["n_trials"]) == (4, 3)
-    assert same(train_of(take(run, "npz", tmp_path / "newest")), sets[1])
-    out = take(run, "npz", tmp_path / "older", "--result", older.base.fingerprint[:8])
+    assert same(train_of(take(run, "npz", tmp_path / "newest", *where)), sets[1])
+    out = take(run, "npz", tmp_path / "older", "--result", older.base.fingerprint[:8], *where)
     assert same(train_of(out), sets[0]) and "| changed: n_trials | 4 |" in (out / "README.md").read_text()
     capsys.readouterr()
     export.main([str(run), "--list"])
@@ -367,11 +374,12 @@ def test_random_parts_by_the_recipe(small, tmp_path):
     """Before any row of the table tells: the larger set's blocks are there, and not yet the block that is x1."""
     course = small(tmp_path / "runs", recipe="released", class_encoder_start="random")
     course.synthetic(2)
-    assert same(train_of(take(course.run.path, "npz", tmp_path / "out")), course.synthetic(2))
+    run, where = course.run.path, ("--dataset", course.settings.dataset)
+    assert same(train_of(take(run, "npz", tmp_path / "out", *where)), course.synthetic(2))
     with pytest.raises(SystemExit, match="no finished 5_datasets/block_00 for these settings"):
-        take(course.run.path, "npz", tmp_path / "one", "--multiple", "1")
+        take(run, "npz", tmp_path / "one", "--multiple", "1", *where)
     course.synthetic(1)
-    assert same(train_of(take(course.run.path, "npz", tmp_path / "one", "--multiple", "1")), course.synthetic(1))
+    assert same(train_of(take(run, "npz", tmp_path / "one", "--multiple", "1", *where)), course.synthetic(1))
 
 
 @pytest.mark.parametrize("image_size", [None, 12])
@@ -380,12 +388,14 @@ def test_the_settings_are_those_of_the_run(small, tmp_path, image_size):
     asked = dict(default_steps=3, default_guidance=0.5, class_mix="balanced", seed=5, sampler="dpm-solver++")
     course = small(tmp_path / "runs", image_size=image_size, recipe="workshop", **asked)
     course.cas("after 1")
-    ws = workspace_of(course.run.path, "generator", "after 1")
+    where = course.settings.dataset
+    ws = workspace_of(course.run.path, "generator", "after 1", dataset=where)
     read = {name: getattr(ws.settings, name) for name in asked}
     assert read == asked | {"class_mix": "real"}  # no set was made: the recipe's
     assert (ws.data.fingerprint, ws.data.slug) == (course.data.fingerprint, course.data.slug)
     assert ws.settings.image_size in (image_size, None)
-    loaded = generator.load(take(course.run.path, "generator", tmp_path / "out", "--row", "after 1"), "cpu", "fp32")
+    out = take(course.run.path, "generator", tmp_path / "out", "--row", "after 1", "--dataset", where)
+    loaded = generator.load(out, "cpu", "fp32")
     assert (loaded.num_inference_steps, loaded.guidance_scale, loaded.sampler) == (3, 0.5, "dpm-solver++")
     assert torch.equal(loaded(LABELS, seed=5), course.draw(course.point("after 1"), LABELS, "generator"))
 
@@ -394,7 +404,7 @@ def test_a_dataset_that_was_moved(course, moved, taken, tmp_path):
     run, dataset = moved
     assert course.settings.dataset != str(dataset)
     rewrite(run, "5_datasets/*", lambda record: record["run"].update(dataset=str(tmp_path / "gone.npz")))
-    with pytest.raises(SystemExit, match="gone.npz' cannot be read here: say where it is now with --dataset PATH") as e:
+    with pytest.raises(SystemExit, match="--dataset .*gone.npz .or where it is now") as e:
         take(run, "npz", tmp_path / "out")
     assert "\n" not in str(e.value)
     out = take(run, "npz", tmp_path / "out", "--dataset", str(dataset))
@@ -426,8 +436,10 @@ def test_a_set_is_taken_without_the_model(moved, taken, tmp_path):
         rewrite(run, name, lambda record: record["run"].update(backbone=str(gone)))
     where = ("--dataset", str(dataset))
     assert same(train_of(take(run, "npz", tmp_path / "out", *where)), train_of(taken["npz"]))
-    with pytest.raises(SystemExit, match="No folder .*gone.*--backbone PATH"):
+    with pytest.raises(SystemExit, match="--backbone .*gone .or where it is now"):
         take(run, "generator", tmp_path / "new", *where)
+    with pytest.raises(SystemExit, match="No folder .*gone.*--backbone PATH"):
+        take(run, "generator", tmp_path / "new", *where, "--backbone", str(gone))
     (other / "scheduler/scheduler_config.json").write_text(
         (other / "scheduler/scheduler_config.json").read_text() + "\n"
     )
@@ -455,7 +467,7 @@ def test_a_run_of_the_older_layout(tmp_path):
         (lambda r: r["run"].update(recipe="../x"), "Unknown recipe"),
         (lambda r: r["run"].update(recipe=["demo"]), "is not what this version of sdgen writes"),
         (lambda r: r["run"].update(seed="0"), "seed must be a whole number"),
-        (lambda r: r["run"].update(backbone="no such"), "not made by this version|Unknown backbone"),
+        (lambda r: r["run"].update(backbone="no such"), "add --backbone 'no such'"),
         (lambda r: r["run"].pop("dataset"), "is not what this version of sdgen writes"),
         (lambda r: r["run"].update(dataset=["x"]), "is not what this version of sdgen writes"),
         (lambda r: r.update(run=None), "is not what this version of sdgen writes"),
@@ -491,6 +503,128 @@ def test_a_strangers_settings_of_how_are_not_taken(moved):
     settings = workspace_of(run, dataset=str(dataset)).settings
     assert (settings.storage, settings.dataset, settings.seed) == (None, str(dataset), 0)
     assert settings.runs_dir == str(run.parents[1]) and settings.sample_batch_size == resolve("demo").sample_batch_size
+
+
+# --- what is opened on a stranger's word ---
+
+
+@pytest.fixture
+def sealed(monkeypatch):
+    """Fails where a dataset or a model is looked for."""
+
+    def opened(*args, **options):
+        raise AssertionError(f"opened {args}")
+
+    monkeypatch.setattr(data, "load", opened)
+    monkeypatch.setattr(weights, "find", opened)
+    monkeypatch.setattr(weights.huggingface_hub, "snapshot_download", opened)
+
+
+@pytest.mark.parametrize("to", ["npz", "generator"])
+@pytest.mark.parametrize(
+    "dataset", ["/etc", "~/pictures", "../../secret", "pathmnist_224", "cifar10:500", "\x1b[2J; rm"]
+)
+def test_no_dataset_is_read_on_a_records_word(moved, tmp_path, sealed, monkeypatch, to, dataset):
+    run, _ = moved
+    monkeypatch.setenv("SDGEN_DATA", str(tmp_path / "cache"))
+    for name in ("5_datasets/*", "4_retune"):
+        rewrite(run, name, lambda record: record["run"].update(dataset=dataset))
+    with pytest.raises(SystemExit, match="Nothing is opened or downloaded on a record's word.*add --dataset") as error:
+        take(run, to, tmp_path / "out")
+    assert str(error.value).isprintable() and not (tmp_path / "out").exists()
+
+
+def test_a_dataset_in_the_folder_of_the_runs_is_read(moved, tmp_path, taken):
+    """And not what a link there leads to."""
+    run, dataset = moved
+    inside, link = run.parents[1] / "set.npz", run.parents[1] / "link.npz"
+    shutil.copy(dataset, inside)
+    link.symlink_to(dataset)
+    rewrite(run, "5_datasets/*", lambda record: record["run"].update(dataset=str(inside)))
+    assert same(train_of(take(run, "npz", tmp_path / "out")), train_of(taken["npz"]))
+    rewrite(run, "5_datasets/*", lambda record: record["run"].update(dataset=str(link)))
+    with pytest.raises(SystemExit, match="add --dataset"):
+        take(run, "npz", tmp_path / "new")
+
+
+@pytest.mark.parametrize("backbone", ["sd2", "evil/model", "evil/model@main", "/etc", "~/model", "./model"])
+@pytest.mark.parametrize("with_model", [True, False])
+def test_no_model_is_fetched_on_a_records_word(moved, tmp_path, monkeypatch, backbone, with_model):
+    """Nor where the record leaves out which one it was."""
+    run, dataset = moved
+
+    def opened(*args, **options):
+        raise AssertionError(f"opened {args}")
+
+    monkeypatch.setattr(weights, "find", opened)
+
+    def change(record):
+        record["run"].update(backbone=backbone)
+        if not with_model:
+            record["roots"].pop("model", None)
+
+    rewrite(run, "*", change)
+    with pytest.raises(SystemExit, match="Nothing is opened or downloaded on a record's word.*add --backbone") as error:
+        take(run, "generator", tmp_path / "out", "--dataset", str(dataset))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_asked_for_is_fetched(moved, tmp_path, monkeypatch):
+    run, dataset = moved
+    rewrite(run, "4_retune", lambda record: record["run"].update(backbone="sd2"))
+    asked = []
+
+    def find(name, half=False):
+        asked.append(name)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(weights, "find", find)
+    with pytest.raises(SystemExit, match="no network here"):
+        take(run, "generator", tmp_path / "out", "--dataset", str(dataset), "--backbone", "sd2")
+    assert asked == ["sd2"]
+
+
+def npy(dtype, shape, content=b"") -> bytes:
+    file = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + content
+
+
+GOOD = npy("<i8", (6,), (np.arange(6) % 2).astype("<i8").tobytes())
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (npy("u1", (10**12, 8, 8, 3)), GOOD, "its images are uint8 .1000000000000, 8, 8, 3., not"),
+        (npy("u1", (6, 8, 8, 3)) + bytes(10**8), GOOD, None),  # what follows is never unpacked
+        (npy("u1", (6, 8, 8, 3)), GOOD, "is no block of this dataset's images"),  # breaks off
+        (npy("f8", (6, 8, 8, 3)), GOOD, "float64"),
+        (npy("u1", (6, 8, 8, 3)) + bytes(6 * 192), npy("<i8", (6,), np.full(6, 9).tobytes()), "has labels from 9 to 9"),
+        (b"PK", GOOD, "is no block"),
+        (None, GOOD, "is no block"),
+    ],
+)
+def test_a_strangers_block_is_not_unpacked_beyond_its_size(moved, tmp_path, images, labels, words):
+    run, dataset = moved
+    (path,) = run.glob("5_datasets/block_01/*/images.npz")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.npy", labels)
+        if images is not None:
+            archive.writestr("images.npy", images)
+    rewrite(run, "5_datasets/block_01", lambda record: record["files"].update({"images.npz": files.checksum(path)}))
+    tracemalloc.start()
+    try:
+        if words:
+            with pytest.raises(SystemExit, match=words) as error:
+                take(run, "npz", tmp_path / "out", "--multiple", "1", "--dataset", str(dataset))
+            assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+        else:
+            take(run, "npz", tmp_path / "out", "--multiple", "1", "--dataset", str(dataset))
+        assert tracemalloc.get_traced_memory()[1] < 5 * 10**7
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_another_method_made_is_not_taken_for_the_papers(small, prompts, tmp_path):
@@ -533,6 +667,35 @@ def test_blocks_without_their_training_can_be_taken(course, moved, tmp_path):
 def test_folder_names(names, expected):
     found = folder_names(names)
     assert found == expected == sorted(found)
+
+
+def test_any_names_are_taken_away(small, prompts, tmp_path):
+    """Read back by their readers: the same names for the same images, and no path that leads elsewhere."""
+    import datasets
+    from torchvision.datasets import ImageFolder
+
+    names, count = strange_names.SEEN, len(strange_names.SEEN)
+    arrays = {"class_names": np.array(names)}
+    for part, each in (("train", 1), ("val", 1), ("test", 1)):
+        labels = np.arange(count * each) % count
+        arrays |= {f"{part}_labels": labels, f"{part}_images": np.zeros((len(labels), 8, 8), np.uint8)}
+    np.savez(tmp_path / "odd.npz", **arrays)
+    ws = small(tmp_path / "runs", dataset=str(tmp_path / "odd.npz"), num_images=count).workspace
+    source = prompts(ws)
+    synthetic(ws, source, 1)
+    out = {to: export.export(ws, source, to, tmp_path / to / "out") for to in ("folder", "npz", "parquet", "generator")}
+    read = ImageFolder(out["folder"] / "train")
+    assert len(read.classes) == count and [label for _, label in read.samples] == list(range(count))
+    with npz_of(out["npz"]) as file:
+        assert tuple(file["class_names"]) == names
+    whole = datasets.load_dataset(str(out["parquet"]), cache_dir=str(tmp_path / "cache"))
+    assert tuple(whole["train"].features["label"].names) == names
+    loaded = generator.load(out["generator"], "cpu", "fp32")
+    assert loaded.class_names == names and loaded([names[0], names[-1]]).shape == (2, 3, 8, 8)
+    for folder in out.values():
+        assert all(str(path.relative_to(folder)).isprintable() for path in folder.rglob("*"))
+        assert {path.name for path in folder.parent.iterdir()} == {"out"}
+        assert "<img" not in (folder / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("to", ["folder", "npz", "parquet", "generator"])

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import safetensors.torch
+import strange_names
 import torch
 
 import sdgen_lib
@@ -227,7 +228,7 @@ def test_damaged_folders_of_format_1(tiny, tmp_path):
         ('{"format": true}', '"format" is True'),
         ('{"format": 0}', '"format" is 0'),
         ('{"format": 99}', "of format 99; this version reads up to 2"),
-        ('{"format": 2}', '"class_names" is None, not a list of texts'),
+        ('{"format": 2}', '"class_names" is None, not a list of different texts'),
         ('{"format": 1, "class_names": []}', r'"class_names" is \[\]'),
     ],
 )
@@ -239,8 +240,9 @@ def test_a_foreign_generator_json(copied, text, words):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("class_names", "ant", "not a list of texts"),
-        ("class_names", ["ant", 2, "cat"], "not a list of texts"),
+        ("class_names", "ant", "not a list of different texts"),
+        ("class_names", ["ant", 2, "cat"], "not a list of different texts"),
+        ("class_names", ["ant", "ant", "cat"], "not a list of different texts"),
         ("num_inference_steps", 0, "from 1 to 1000"),
         ("num_inference_steps", True, "from 1 to 1000"),
         ("guidance_scale", -1, "at least 0"),
@@ -256,6 +258,12 @@ def test_a_foreign_generator_json(copied, text, words):
 def test_a_wrong_value_in_generator_json(copied, name, value, words):
     write_facts(copied, **{name: value})
     check_refused(copied, f'"{name}" is .*{words}')
+
+
+@pytest.mark.parametrize("name", strange_names.UNSEEN)
+def test_a_class_whose_name_cannot_be_seen(copied, name):
+    write_facts(copied, class_names=["ant", name, "cat"])
+    check_refused(copied, "a class name must be printable text")
 
 
 def check_refused(folder, words, error=ValueError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import strange_names
 import torch
 from PIL import Image
 
@@ -19,6 +20,8 @@ from sdgen_lib.diffusion.generate import balanced_labels, generate_latents
 from sdgen_lib.machine.seeds import image_noise
 from sdgen_lib.search.search import trials_frame
 from sdgen_lib.show import explore, explore_classes, figures, widgets
+from sdgen_lib.show.names import printable
+from sdgen_lib.show.widgets import picker
 
 ROOT = Path(__file__).parents[2]
 
@@ -293,9 +296,24 @@ def test_questions_are_of_images_that_the_classifier_did_not_learn_from(finished
         home = course.data.test if is_real else Split(block_2, course.synthetic(2).labels[100:])
         at = (home.images == image).flatten(1).all(1).nonzero().flatten()
         assert len(at) and label in home.labels[at]
-    for number in (0, 7, 1000):
+    for number in (0, 7, 1000, 2.0):
         with pytest.raises(ValueError, match=f"not {number}"):
             explore_classes.real_or_generated(course, number, epochs=1)
+
+
+def test_few_images_make_a_short_quiz(small, tmp_path):
+    course = small(tmp_path)
+    found, _ = explore_classes.real_or_generated(course, epochs=1)
+    assert len(found.images) == 8 and found.is_real.sum() == 4  # four test images, six training images
+    with pytest.raises(ValueError, match="at most 8 with these few images, not 12"):
+        explore_classes.real_or_generated(course, 12, epochs=1)
+
+
+def test_a_search_whose_trials_were_all_pruned_can_be_explored(finished, study_of):
+    study = study_of([(3, 0.5, 1, 0.4, True), (5, 0.8, 2, 0.6, True)])
+    explorer = explore.GuidanceExplorer(finished.course, study)
+    assert (explorer.steps.value, explorer.scale.value, explorer.epoch) == (5, 0.8, 2)
+    assert "when it was pruned" in explorer.words.value
 
 
 # --- confusion ---
@@ -342,18 +360,39 @@ def test_both_classifiers_are_asked_about_real_test_images(finished):
 
 # --- names from a stranger's data ---
 
-EVIL = "<img src=x onerror=alert(1)>&"
 
-
-def test_a_class_name_is_shown_and_never_run():
+@pytest.mark.parametrize("name", strange_names.ALL)
+def test_a_class_name_is_shown_and_never_run(name):
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    names, shown = [EVIL, "b"], "&lt;img src=x onerror=alert(1)&gt;&amp;"
+    names = [name, "b"]
     quiz = explore_classes.Quiz(questions(), 0.75, names)
     quiz.buttons["real"].click()
-    assert "<br>" in quiz.words.value and shown in quiz.words.value and "<img" not in quiz.words.value
-    confusion = explore_classes.Confusion({EVIL: torch.tensor([0, 1, 1, 0])}, Split(images, torch.arange(4) % 2), names)
-    confusion.choose(EVIL, 0, 1)
-    assert confusion.words.value.count(shown) == 2 and "<img" not in confusion.words.value
+    confusion = explore_classes.Confusion({name: torch.tensor([0, 1, 1, 0])}, Split(images, torch.arange(4) % 2), names)
+    confusion.choose(name, 0, 1)
+    for words, count in ((quiz.words, 1), (confusion.words, 2)):
+        page = strange_names.Page(f"<td>{words.value}")
+        assert set(page.tags) <= {"td", "br"} and page.cells[0].count(printable(name)) >= count
+    tooltips = [button.tooltip for button in confusion.points.children[1:]]
+    assert f"{printable(name)} taken for b: 1" in tooltips
+    assert not any(c in words.value for words in (quiz.words, confusion.words) for c in "\n\u202e\x1b\a")
+
+
+def test_classes_to_pick_from():
+    who = picker(strange_names.ALL, ("one of each", None))
+    texts, values = zip(*who.options)
+    assert values == (None, *range(len(strange_names.ALL))) and len(set(texts)) == len(texts)
+    assert all(text.isprintable() for text in texts) and strange_names.SEEN[0] in texts
+    who.value = 1  # by its number, whatever it is called
+    assert picker(["a\n", "a\t"]).options == (
+        ("a\N{REPLACEMENT CHARACTER} (0)", 0),
+        ("a\N{REPLACEMENT CHARACTER} (1)", 1),
+    )
+
+
+def test_what_cannot_be_seen_is_shown_and_what_joins_letters_is_kept():
+    assert printable("a\nb\u202ec\x1b") == "a\ufffdb\ufffdc\ufffd"
+    for name in ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\U0001f469\u200d\U0001f467", "猫 $x^$ <b>"):
+        assert printable(name) == name
 
 
 def test_no_explorer_writes_html_of_its_own():

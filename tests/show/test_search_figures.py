@@ -88,6 +88,58 @@ def test_a_contour_of_trials_that_scored_alike_draws_the_points_alone(study_of):
     assert len(figure([0.1, 0.3, 0.2, 0.5, 0.4, 0.6]).axes) == 2  # with the scale of its colours
 
 
+def test_an_early_epoch_is_no_valley_of_the_contour(study_of):
+    """Only the epoch matters here: at that of the best trial, the landscape over IS and UGS is flat."""
+    random = np.random.default_rng(0)
+    rows = []
+    for k in range(40):
+        epoch = 1 if k % 4 == 0 else 10
+        rows.append(
+            (int(random.integers(1, 50)), float(random.uniform(0, 1)), epoch, 0.4 if epoch == 1 else 0.9, False)
+        )
+    figure = drawn(search_figures.contour(study_of(rows)))
+    (mesh,) = (c for c in figure.axes[0].collections if c.get_array() is not None)
+    assert mesh.get_array().min() > 85 and "epoch 10" in figure.axes[0].get_title()
+
+
+def test_pruned_trials_are_told_apart_and_make_no_valley(study_of):
+    """They scored less because they were stopped; the forest is asked for whole trials."""
+    random = np.random.default_rng(1)
+    rows = []
+    for k in range(40):
+        rows.append((int(random.integers(1, 50)), float(random.uniform(0, 1)), 5, 0.5 if k % 2 else 0.9, bool(k % 2)))
+    study = study_of(rows)
+    epochs = trials_frame(study).groupby("pruned").classifier_epochs.unique()
+    assert set(epochs[True]).isdisjoint(epochs[False])  # the study's records say so
+    figure = drawn(search_figures.contour(study))
+    mesh, complete, pruned = figure.axes[0].collections
+    assert mesh.get_array().min() > 85 and (len(complete.get_offsets()), len(pruned.get_offsets())) == (20, 20)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["complete", "pruned"]
+
+
+def test_the_best_trial_is_a_complete_one_where_there_is_any(study_of):
+    rows = [(5, 0.5, 1, 0.9, True), (6, 0.1, 1, 0.3, False), (7, 0.2, 1, 0.6, False)]
+    assert search_figures.best_trial(trials_frame(study_of(rows))).IS == 7
+    assert search_figures.best_trial(trials_frame(study_of(rows[:1]))).IS == 5
+
+
+def test_importances_with_their_intervals():
+    ours = pd.DataFrame([[0.2, 0.7, 0.1], [0.1, 0.3, 0.6]], columns=["IS", "UGS", "epoch"], index=["step 2", "step 4"])
+    interval = pd.DataFrame({"low": [0.1, 0.3, 0.0], "high": [0.4, 0.9, 0.2]}, index=["IS", "UGS", "epoch"])
+    figure = drawn(search_figures.importance_bars(ours, intervals={"step 2": interval}))
+    (lines,) = figure.axes[0].collections
+    ends = [segment[:, 0].tolist() for segment in lines.get_segments()]
+    assert ends == [[0.1, 0.4], [0.3, 0.9], [0.0, 0.2]]
+    bars = figure.axes[0].containers[0]
+    for bar, segment in zip(bars, lines.get_segments()):
+        assert bar.get_y() < segment[0, 1] < bar.get_y() + bar.get_height()
+
+
+def test_importances_of_a_search_that_scored_alike_are_drawn():
+    ours = pd.DataFrame([[np.nan] * 3], columns=["IS", "UGS", "epoch"], index=["step 2"])
+    drawn(search_figures.importance_bars(ours))
+
+
 def test_importance_bars():
     ours = pd.DataFrame([[0.2, 0.7, 0.1], [0.1, 0.3, 0.6]], columns=["IS", "UGS", "epoch"], index=["step 2", "step 4"])
     figure = drawn(search_figures.importance_bars(ours))

@@ -5,7 +5,9 @@ import types
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
+import strange_names
 
 from sdgen_lib.config import settings
 from sdgen_lib.course import Course
@@ -174,3 +176,18 @@ def test_costs_are_measured(micro, tmp_path):
 def test_a_row_of_a_method_without_epochs():
     row = cas_row({"num_inference_steps": 2, "guidance_scale": 1.5}, [0.5])
     assert tables.cas_table({"toy": row}, "digits")["toy"].loc[["IS", "UGS", "epochs"]].tolist() == [2, 1.5, ""]
+
+
+@pytest.mark.parametrize("styled", [False, True])
+def test_a_notebooks_table_shows_names_as_text(styled):
+    """As index, as columns and in cells; MathJax is told to leave it alone."""
+    names = list(strange_names.ALL)
+    table = pd.DataFrame([names] * len(names), index=names, columns=names)
+    with pd.option_context("display.max_columns", None, "display.max_colwidth", None):
+        style = table.style.format_index(escape="html").format_index(escape="html", axis=1)
+        text = style.to_html() if styled else table._repr_html_()
+    page = strange_names.Page(text)
+    assert set(page.tags) <= {"div", "style", "table", "thead", "tbody", "tr", "th", "td", "p"}
+    assert "mathjax_ignore" in text and "tex2jax_ignore" in text
+    counts = Counter(cell.strip() for cell in page.cells)
+    assert all(counts[name.strip()] >= len(names) + 2 for name in strange_names.SEEN)

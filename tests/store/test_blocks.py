@@ -1,9 +1,11 @@
 """A block is the same block whatever the number of ranks, and making more of them takes no more memory."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +92,7 @@ def test_a_block_goes_on_where_it_was_stopped(tmp_path):
 @pytest.mark.parametrize("spoil", [lambda b: b[:-1] + b"x", lambda b: b[: len(b) // 2], lambda b: b"", None])
 def test_a_damaged_batch_is_drawn_again(tmp_path, spoil):
     stop_in_the_middle(tmp_path / "a")
-    shard = tmp_path / "a" / "part_00001.npz"
+    shard = tmp_path / "a" / "part_00000004_4.npz"
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1  # a pixel: the archive's own sum tells
     shard.write_bytes(spoil(bytes(content)) if spoil else content)
@@ -140,3 +142,67 @@ def test_memory_stays_flat_while_a_larger_set_is_made(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     three, ten = json.loads(result.stdout)
     assert ten < three + 96 * 2**10
+
+
+# --- blocks from someone else ---
+
+
+def archive_of(path, *, shape=(2, 8, 8, 3), content=b"\0" * 384, dtype="|u1", compression=zipfile.ZIP_STORED):
+    """A block that says it holds ``shape``, and holds ``content``."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("images.npy", header.getvalue() + content)
+    return path
+
+
+def test_a_block_by_hand_is_read(tmp_path):
+    assert blocks.load_images(archive_of(tmp_path / "a.npz")).shape == (2, 3, 8, 8)
+
+
+FOREIGN = {
+    "promises more than it holds": dict(shape=(10**9, 8, 8, 3)),
+    "promises a little more": dict(shape=(3, 8, 8, 3)),
+    "holds more than it promises": dict(content=b"\0" * 400),
+    "negative sizes": dict(shape=(-2, 8, -8, 3)),
+    "objects": dict(dtype="|O"),
+    "another type": dict(dtype="<f8", content=b"\0" * 8 * 384),
+    "a bomb": dict(shape=(100_000, 8, 8, 3), content=bytes(100_000 * 192), compression=zipfile.ZIP_DEFLATED),
+    "not pictures": dict(shape=(384,)),
+}
+
+
+@pytest.mark.parametrize("wrong", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_block_is_refused_before_it_is_unpacked(tmp_path, wrong, monkeypatch):
+    path = archive_of(tmp_path / "a.npz", **wrong)
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("numpy made room for it"))
+    with pytest.raises(ValueError, match="a.npz"):
+        blocks.load_images(path)
+
+
+def test_a_foreign_size_in_the_directory_is_refused(tmp_path):
+    """The archive's list says 4 GB, and the header too; the file has some hundred bytes."""
+    path = archive_of(tmp_path / "a.npz", shape=(2**32 // 192 - 1, 8, 8, 3))
+    content = path.read_bytes()
+    size = zipfile.ZipFile(path).getinfo("images.npy").file_size
+    told = (2**32 // 192 - 1) * 192 + 128
+    path.write_bytes(content.replace(size.to_bytes(4, "little"), told.to_bytes(4, "little")))
+    with pytest.raises((ValueError, zipfile.BadZipFile)):
+        blocks.load_images(path)
+
+
+def test_a_batch_of_another_size_is_not_taken_for_other_rows(tmp_path, monkeypatch):
+    """The last batch of four holds the three rows from 20 on; of the batches of three the sixth holds those from 15."""
+
+    def killed(path, *args):
+        if path.name == blocks.BLOCK:
+            raise KeyboardInterrupt
+        return save(path, *args)
+
+    save = blocks._save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(blocks, "_save", killed)
+        make(tmp_path / "a", Painter())
+    blocks.make_block(tmp_path / "a", Painter(), LABELS, first_index=100, batch_size=3)
+    assert blocks.load_images(tmp_path / "a" / blocks.BLOCK)[:, 1, 0, 0].tolist() == list(range(100, 123))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [blocks.BLOCK]

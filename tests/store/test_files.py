@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -152,6 +154,56 @@ def test_the_systems_own_reason_is_kept(tmp_path, number):
     with pytest.raises(OSError, match="a.json could not be written") as error, files.whole_file(tmp_path / "a.json"):
         raise OSError(number, os.strerror(number))
     assert error.value.errno == number and os.strerror(number) in str(error.value)
+
+
+# --- reading while writing ---
+
+
+def refusing(number):
+    yield np.zeros((1, 2), np.uint8)
+    raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENOENT])
+def test_an_error_of_the_pieces_is_not_said_to_be_one_of_writing(tmp_path, number):
+    path = tmp_path / "images.npz"
+    with (
+        pytest.raises(OSError, match=os.strerror(number)) as error,
+        files.whole_file(path) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+    ):
+        files.write_npy(archive, "images", np.uint8, (2, 2), refusing(number))
+    assert "could not be written" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_an_error_of_another_file_names_that_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="part_00001") as error, files.whole_file(tmp_path / "out" / "a.json"):
+        (tmp_path / "out" / "part_00001.npz").read_bytes()
+    assert "could not be written" not in str(error.value)
+
+
+def test_a_full_disk_while_pieces_are_written_is_one_of_writing(tmp_path, small_files):
+    pieces = (np.zeros((1, 10_000), np.uint8) for _ in range(5))
+    with (
+        pytest.raises(OSError, match="images.npz could not be written .*make room"),
+        files.whole_file(tmp_path / "images.npz") as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+    ):
+        files.write_npy(archive, "images", np.uint8, (5, 10_000), pieces)
+
+
+def test_json_that_is_far_too_large_is_not_read(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_bytes(b'{"a": 1}')
+    with open(path, "rb+") as file:
+        file.truncate(files.LARGEST_JSON)
+        assert files.load_json(path, "nothing") == "nothing"  # zeros are no JSON
+        file.seek(0)
+        file.write(b'{"a": 1' + b" " * (files.LARGEST_JSON - 8) + b"}")
+        file.flush()
+        assert files.load_json(path) == {"a": 1}
+        file.write(b" ")
+    assert files.load_json(path, "nothing") == "nothing"
 
 
 # --- locks ---

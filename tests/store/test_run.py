@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -307,16 +308,79 @@ def test_two_that_ask_at_once_make_it_once(run, capsys):
     assert maker.made == ["a"] and found[0].record == found[1].record
 
 
-def test_ranks_wait_for_what_the_first_one_makes(run):
-    """Two ranks as two threads with one barrier: a step of one of them, inside of it another one, a step of both."""
-    barrier, made = threading.Barrier(2, timeout=20), []
+def two_ranks(work):
+    """Calls ``work(ranks)`` in two threads that are the two ranks of a launch."""
+    barrier, said = threading.Barrier(2, timeout=20), {}
 
     class Threads(Ranks):
         def wait(self):
             barrier.wait()
 
-    def work(rank):
-        mine = run(ranks=Threads(rank, 2))
+        def first_says(self, answer):
+            said[self.rank] = answer
+            self.wait()
+            answer = said[0]
+            self.wait()
+            return answer
+
+    with ThreadPoolExecutor(2) as pool:
+        return [found.result(30) for found in [pool.submit(work, Threads(rank, 2)) for rank in (0, 1)]]
+
+
+def test_ranks_that_see_different_things_do_as_the_first_one(run, monkeypatch):
+    """Another process has finished the result, and the second rank's disk shows it already: nobody waits for ever."""
+    made, peek = [], Run.peek
+
+    def step_of(rank):
+        return Step("both", lambda folder, settings: made.append(rank) or {}, together=True)
+
+    def sees(self, step):
+        return peek(self, step) if self.ranks.first or made.count(1) else Result(self.folder(step), {})
+
+    monkeypatch.setattr(Run, "peek", sees)
+    two_ranks(lambda ranks: run(ranks=ranks).result(step_of(ranks.rank)))
+    assert sorted(made) == [0, 1]
+    assert two_ranks(lambda ranks: run(ranks=ranks).agreed(ranks.rank == 0)) == [True, True]
+    assert two_ranks(lambda ranks: run(ranks=ranks).agreed(ranks.rank == 1)) == [False, False]
+
+
+def test_ranks_make_a_damaged_file_again_together(run, monkeypatch, capsys):
+    """The second rank had read the file before it was damaged."""
+    made, is_whole = [], Run._is_whole
+
+    def read(ranks):
+        def make(folder, settings):
+            made.append(ranks.rank)
+            if ranks.first:
+                files.save_json(folder / "value.json", "made")
+            return {}
+
+        mine = run(ranks=ranks)
+        return files.load_json(mine.file(Step("both", make, together=True), "value.json"))
+
+    def seen_before(self, path, expected):
+        return self.ranks.rank == 1 or is_whole(self, path, expected)
+
+    assert two_ranks(read) == ["made", "made"]
+    (run().folder(Step("both", None)) / "value.json").write_text("damaged")
+    monkeypatch.setattr(Run, "_is_whole", seen_before)
+    assert two_ranks(read) == ["made", "made"]
+    assert sorted(made) == [0, 0, 1, 1] and capsys.readouterr().out.count("is damaged") == 1
+
+
+def test_an_agreement_of_one_process_is_its_own_answer(run):
+    assert run().agreed(True) and not run().agreed(False)
+    both = run(ranks=Ranks(1, 2))
+    with both.alone():  # asks nobody
+        assert both.agreed(True) and not both.agreed(False)
+
+
+def test_ranks_wait_for_what_the_first_one_makes(run):
+    """A step of one of them, inside of it another one, a step of both."""
+    made = []
+
+    def work(ranks):
+        mine, rank = run(ranks=ranks), ranks.rank
 
         def note(name):
             return lambda folder, settings: made.append((name, rank)) or {}
@@ -327,10 +391,38 @@ def test_ranks_wait_for_what_the_first_one_makes(run):
         mine.result(both)
         mine.result(inner)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert not any(thread.is_alive() for thread in threads)
+    two_ranks(work)
     assert made[:2] == [("inner", 0), ("outer", 0)] and sorted(made[2:]) == [("both", 0), ("both", 1)]
+
+
+def test_two_needs_of_one_name_both_count(run):
+    maker = Maker()
+    one, other = (maker.step("block", inputs={"of": of}) for of in "ab")
+    r = run()
+    told = {r.fingerprint(maker.step("mix", needs=needs)) for needs in ((one,), (other,), (one, other), (other, one))}
+    assert len(told) == 4
+    mix = maker.step("mix", needs=(one, other))
+    found = runs.upstream(r.path, r.result(mix))
+    assert {result.record["inputs"].get("of") for result in found.values()} == {None, "a", "b"}
+
+
+def test_a_result_that_lies_in_anothers_folder_is_none(run):
+    maker = Maker()
+    one, other = (maker.step("step", inputs={"k": k}) for k in (1, 2))
+    r = run()
+    shutil.copytree(r.result(one).folder, r.folder(other))
+    assert r.peek(one) and not r.peek(other)
+
+
+def test_what_is_made_again_does_not_count_as_finished_meanwhile(run, capsys):
+    r, seen = run(), []
+
+    def make(folder, settings):
+        seen.append((folder / runs.RECORD).exists())
+        (folder / "value.txt").write_text("v")
+        return {}
+
+    step = Step("step", make)
+    (r.result(step).folder / "value.txt").unlink()
+    r.result(step)
+    assert seen == [False, False]

@@ -183,7 +183,7 @@ def test_a_short_course_is_compared_with_one_in_float32(small_runs, monkeypatch)
 def uncompiled(monkeypatch):
     """The batches that a UNet was to be compiled for, which would take a minute; it is not."""
     asked = []
-    monkeypatch.setattr(Backbone, "compile_unet", lambda self, batch: asked.append(batch))
+    monkeypatch.setattr(Backbone, "compile_unet", lambda self, batch, *_: asked.append(batch))
     return asked
 
 

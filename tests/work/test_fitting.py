@@ -206,3 +206,14 @@ class Second(Ranks):
 def test_only_the_first_process_writes(tmp_path, capsys):
     history = fit_flat(tmp_path, ranks=Second(1, 2))
     assert len(history) == 3 and content(tmp_path) == {} and capsys.readouterr().err == ""
+
+
+def test_a_training_whose_early_checkpoint_was_lost_begins_anew(tmp_path):
+    expected = content(tmp_path / "whole") if fit_flat(tmp_path / "whole") else None
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, checkpoint_name(3), 1)
+        with pytest.raises(Killed):
+            fit_flat(tmp_path / "lost")
+    (tmp_path / "lost" / checkpoint_name(1)).unlink()
+    fit_flat(tmp_path / "lost")
+    assert content(tmp_path / "lost") == expected
