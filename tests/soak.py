@@ -35,6 +35,7 @@ from sdgen_lib.course import ROWS, Course
 from sdgen_lib.diffusion import backbone
 from sdgen_lib.evaluate.scaling import scaling_work
 from sdgen_lib.machine.passes import total
+from sdgen_lib.search.study import SEARCH
 from sdgen_lib.store.run import RECORD, read_result
 from sdgen_lib.work import cost
 from tests import small
@@ -339,7 +340,7 @@ def damage(folder: Path, attempt: Callable[..., Callable[[], None]], report: Cal
 
 
 def share(folder: Path, attempt: Callable[..., Callable[[], None]], processes: int = 2) -> None:
-    """That many processes share the first search; its first trials to finish are what the run folder keeps."""
+    """That many processes share the first search; the trials that the first one to be done wrote down are what the run folder keeps."""
     restore(folder / "before" / "2_tune", folder / "runs")
     storage, n_trials = f"sqlite:///{folder / 'shared.db'}", SMALL["n_trials"]
     with ThreadPoolExecutor(processes) as pool:
@@ -348,10 +349,12 @@ def share(folder: Path, attempt: Callable[..., Callable[[], None]], processes: i
     assert ended == [0] * processes, f"{processes} workers ended with {ended}"
     trials = study_in(storage).get_trials(deepcopy=False)
     assert all(trial.state.is_finished() for trial in trials)
-    finished = sorted(trials, key=lambda trial: (trial.datetime_complete, trial.number))
-    first = sorted(finished[:n_trials], key=lambda trial: trial.number)
+    written = [trial.user_attrs[SEARCH] for trial in trials if SEARCH in trial.user_attrs]  # by whoever asked first
+    drawn = [trial for trial in trials if SEARCH not in trial.user_attrs]
+    first = [trial for trial in drawn if trial.number in written[0]]
     kept = trials_of(place(run_folder(folder), f"2_tune/{JOURNAL}"))
-    assert len(trials) < n_trials + processes and kept == [(k, *contents(trial)) for k, trial in enumerate(first)]
+    assert len(drawn) < n_trials + processes and len(first) == n_trials
+    assert kept == [(k, *contents(trial)) for k, trial in enumerate(first)]
     assert "shared.db" not in place(run_folder(folder), f"2_tune/{RECORD}").read_text()
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.settings import unlike_recipe
-from ..data import ImageData
-from ..data import named
+from ..data import ImageData, named
 from ..diffusion.weights import NAMES
 from ..evaluate.cas import cas_step
 from ..evaluate.scaling import REAL, scaling_step

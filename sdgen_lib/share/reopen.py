@@ -191,10 +191,9 @@ def _generators(path: Path, row: str, needed: set[str]) -> Iterator[Choice]:
 
 
 def _is_by(result: Result, row: str) -> bool:
-    """Whether a result was drawn by the paper's generator of this row, and not by another method's of the same steps."""
-    return (
-        result.record["inputs"].get("generator", [None])[0] == f"generator/{row}"
-    )  # as `ClassEncoderMethod.source` names it
+    """Whether the paper's generator of this row drew a result, and not another method's that needs the same steps."""
+    # as `ClassEncoderMethod.source` names it
+    return result.record["inputs"].get("generator", [None])[0] == f"generator/{row}"
 
 
 def _drawing(row: Result) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from .tables import cas_table, scaling_table
 
 TABLES = {1: cas_table, 2: scaling_table}
 FACTS = {1: ("test", "num_images", "point", "seconds"), 2: ("test", "num_images")}  # what the tables read of a row
+# What is raised at a record that is whole, and not of our making: values of other kinds, or none.
+UNREADABLE = (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +79,18 @@ def changed(rows: Sequence[Row]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in unlike.items())
 
 
-def print_run(run_folder: Path, title: str) -> bool:
-    """Prints the tables of a run; returns whether there is one."""
-    printed: set[str] = set()
+def tables_of(run_folder: Path, title: str) -> str:
+    """The tables of a run, as text; empty where it has none."""
+    texts: dict[str, str] = {}  # by heading
     for number, table in TABLES.items():
         for rows in together(rows_in(run_folder, number)):
             heading = ", ".join(filter(None, (f"Table {number}, {title}", changed(rows))))
-            if heading in printed:  # the data or the model's files were others
+            if heading in texts:  # the data or the model's files were others
                 heading += f" (finished {rows[-1].result.record['finished']})"
-            printed.add(heading)
             facts = {row.name: row.result.facts for row in sorted(rows, key=_place)}
-            print(f"\n{heading}\n{table(facts, rows[0].result.record['run'].get('dataset', '')).to_string()}")
-    return bool(printed)
+            texts[heading] = table(facts, rows[0].result.record["run"].get("dataset", "")).to_string()
+    lines = "\n".join(f"\n{heading}\n{text}" for heading, text in texts.items()).split("\n")
+    return "\n".join(map(printable, lines))  # a terminal obeys what it is shown
 
 
 def _place(row: Row) -> tuple[int, str]:
@@ -112,11 +114,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = sorted(path for path in base.glob("*/*-seed*") if path.is_dir())
     if not found:
         raise SystemExit(f"No run in {base.absolute()}: run the notebooks first (make course).")
-    passed: dict[str, list[str]] = {"made by an older version": [], "unfinished": []}
+    passed: dict[str, list[str]] = {
+        "made by an older version": [],
+        "unfinished": [],
+        "with a record that this version cannot read": [],
+    }
     for path in found:
-        title = printable(path.relative_to(base).as_posix())
-        if not print_run(path, title):
-            passed["made by an older version" if is_of_older_version(path) else "unfinished"].append(title)
+        title = path.relative_to(base).as_posix()
+        try:
+            text = tables_of(path, title)
+        except UNREADABLE:  # the others are shown nevertheless
+            passed["with a record that this version cannot read"].append(printable(title))
+            continue
+        if text:
+            print(text)
+        else:
+            passed["made by an older version" if is_of_older_version(path) else "unfinished"].append(printable(title))
     for why, names in passed.items():
         if names:
             print(f"\nPassed over, {why}: {', '.join(names)}")

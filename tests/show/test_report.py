@@ -8,7 +8,8 @@ import pytest
 
 from sdgen_lib.config.settings import resolve
 from sdgen_lib.show import report
-from sdgen_lib.store.run import RECORD, Run, Step, run_path
+from sdgen_lib.store.files import save_json
+from sdgen_lib.store.run import RECORD, Run, Step, digest, run_path
 
 from .made import POINT, TABLE_1, TABLE_2, TUNED, cas_row, scaling_row
 
@@ -166,6 +167,30 @@ def test_a_row_that_lacks_what_a_table_shows_is_left_out(made, capsys):
     made.row("table_1/after_1", {"test": [0.5]})
     found, others = printed(made.base, capsys)
     assert found == {} and others == ["Passed over, unfinished: cifar10/tiny-demo-seed0"]
+
+
+WRONG = [None, 3, "x", [], {}, [1], {"a": 1}, True, "\x1b[2J", ...]  # the last one: left out
+
+
+@pytest.mark.parametrize(
+    "field", ["name", "fingerprint", "settings", "needs", "roots", "run", "facts", "finished", "files"]
+)
+def test_a_foreign_record_hides_no_other_run(made, capsys, field):
+    """Its sum is right, whatever it holds: each field is set to values of every other kind."""
+    finish(made)
+    _, result = made.row("table_1/after_1", TABLE_1["after 1"], seed=6)
+    record = {key: value for key, value in result.record.items() if key != "sum"}
+    facts = {"facts": [{**record["facts"], key: wrong} for key in record["facts"] for wrong in WRONG]}
+    for wrong in (*WRONG, *facts.get(field, ())):
+        changed = {**record, field: wrong}
+        if wrong is ...:
+            del changed[field]
+        elif isinstance(wrong, dict):
+            changed[field] = {key: value for key, value in wrong.items() if value is not ...}
+        save_json(result.folder / RECORD, changed | {"sum": digest(changed)})
+        report.main([str(made.base)])
+        out = capsys.readouterr().out
+        assert "Table 1, cifar10/tiny-demo-seed0\n" in out and "\x1b" not in out and "cifar10/tiny-demo-seed6" in out
 
 
 def test_nothing_is_loaded_or_written(finished, tmp_path, capsys, monkeypatch):
