@@ -340,7 +340,7 @@ def damage(folder: Path, attempt: Callable[..., Callable[[], None]], report: Cal
 
 
 def share(folder: Path, attempt: Callable[..., Callable[[], None]], processes: int = 2) -> None:
-    """That many processes share the first search; the trials that the first one to be done wrote down are what the run folder keeps."""
+    """That many processes share the first search; each keeps the trials that the first one to be done wrote down."""
     restore(folder / "before" / "2_tune", folder / "runs")
     storage, n_trials = f"sqlite:///{folder / 'shared.db'}", SMALL["n_trials"]
     with ThreadPoolExecutor(processes) as pool:
