@@ -27,7 +27,7 @@ from ..store.run import Result, Step
 from ..work.workspace import Source, Workspace
 from . import cards, generator, origin
 from .formats import WRITERS, Part, folder_names, part_of
-from .reopen import CHAPTERS, choices, run_path_of, workspace_of
+from .reopen import CHAPTERS, choices, readable, run_path_of, workspace_of
 
 FORMATS = (*WRITERS, "generator")
 
@@ -203,7 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.run_folder, args.to, args.row, dataset=args.dataset, backbone=args.backbone, result=args.result
         )
         source = ClassEncoderMethod(ws).source(args.row)
-        out = export(ws, source, args.to, args.out, args.multiple, not args.generated_only)
+        with readable(ws.run.path):  # the card looks at the other results, too
+            out = export(ws, source, args.to, args.out, args.multiple, not args.generated_only)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
     print(f"Written to {out}; its README.md says what it is and how to load it.")

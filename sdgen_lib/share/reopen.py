@@ -119,7 +119,7 @@ def workspace_of(
     """
     path = run_path_of(run_folder)
     choice = _chosen(path, to, row, result)
-    with _readable(path):
+    with readable(path):
         run, roots = choice.base.record["run"], {}
         for part in upstream(path, choice.base).values():
             roots |= part.record["roots"]
@@ -153,11 +153,11 @@ def run_path_of(run_folder: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """In here, a record of another shape is a ValueError that says so."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"A record in {path} is not what this version of sdgen writes ({error!r}).") from error
 
 
@@ -172,7 +172,7 @@ def choices(run_folder: Path, to: str, row: str) -> list[Choice]:
     if row not in ROWS:
         raise ValueError(f"row must be one of {', '.join(ROWS)}, not {row!r}.")
     needed = set(STEPS[: ROWS.index(row) + 1])
-    with _readable(run_folder):
+    with readable(run_folder):
         found = _generators(run_folder, row, needed) if to == "generator" else _sets(run_folder, row, needed)
         return sorted(found, key=lambda choice: made_at(choice.newest))
 

@@ -489,6 +489,18 @@ def test_a_strangers_records_are_checked(moved, tmp_path, change, words):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("field", ["name", "settings", "needs", "roots", "inputs", "facts", "finished", "run"])
+@pytest.mark.parametrize("wrong", [None, 3, [], {}, {"generator": []}, "x"])
+def test_other_records_of_another_shape_end_with_one_line(moved, tmp_path, field, wrong):
+    """Those of the rows, which only the card looks at: it is written without them, or not at all."""
+    run, dataset = moved
+    rewrite(run, "table_2/*", lambda record: record.update({field: wrong}))
+    try:
+        take(run, "npz", tmp_path / "out", "--dataset", str(dataset))
+    except SystemExit as stopped:
+        assert "is not what this version of sdgen writes" in str(stopped) and "\n" not in str(stopped)
+
+
 def test_a_strangers_settings_of_how_are_not_taken(moved):
     run, dataset = moved
     change = {
