@@ -141,6 +141,7 @@ def test_a_file_that_someone_reads_is_replaced_as_soon_as_they_have(tmp_path, mo
         replace(source, target)
 
     files.save_json(tmp_path / "a.json", 1)
+    monkeypatch.setattr(files, "WINDOWS", True)
     monkeypatch.setattr(os, "replace", busy)
     files.save_json(tmp_path / "a.json", 2)
     assert files.load_json(tmp_path / "a.json") == 2 and len(refused) == refusals
@@ -150,6 +151,7 @@ def test_a_file_that_is_read_for_ever_is_an_error_that_says_so(tmp_path, monkeyp
     def busy(source, target):
         raise PermissionError(errno.EACCES, "The process cannot access the file")
 
+    monkeypatch.setattr(files, "WINDOWS", True)
     monkeypatch.setattr(os, "replace", busy)
     start = time.perf_counter()
     with pytest.raises(OSError, match="a.json could not be written .*cannot access the file"):
@@ -167,8 +169,21 @@ def test_a_file_that_is_just_being_replaced_can_be_read(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return read(self)
 
+    monkeypatch.setattr(files, "WINDOWS", True)
     monkeypatch.setattr(Path, "read_bytes", busy)
     assert files.load_json(tmp_path / "a.json") == 1 and refused
+
+
+def test_elsewhere_a_missing_permission_is_asked_for_once():
+    asked = []
+
+    def refused():
+        asked.append(1)
+        raise PermissionError
+
+    with pytest.raises(PermissionError):
+        files.patiently(refused)
+    assert len(asked) == 1
 
 
 def test_a_path_that_is_too_long_for_windows_says_so(tmp_path, monkeypatch):

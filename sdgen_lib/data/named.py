@@ -77,7 +77,7 @@ def refusal(flag: str) -> str | None:
     return None
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     folder = Path(os.environ.get("SDGEN_DATA") or "~/.cache/sdgen_lib").expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -101,7 +101,7 @@ def _no_download(name: str, url: str, target: Path, error: Exception) -> Connect
 def _read_cifar(name: str) -> tuple[tuple[str, ...], Parts]:
     from torchvision import datasets
 
-    cls, folder = getattr(datasets, name.upper()), _cache_folder()
+    cls, folder = getattr(datasets, name.upper()), cache_folder()
     try:  # torchvision checks the MD5 of what is there, and downloads only what is missing or wrong
         train, test = (cls(folder, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
@@ -117,7 +117,7 @@ def _read_medmnist(name: str) -> tuple[tuple[str, ...], Parts]:
 
     flag, _, size = name.partition("_")
     suffix = name.removeprefix(flag)
-    info, folder, size = medmnist.INFO[flag], _cache_folder(), int(size or 28)
+    info, folder, size = medmnist.INFO[flag], cache_folder(), int(size or 28)
     cls, path, md5 = getattr(medmnist, info["python_class"]), folder / f"{name}.npz", info[f"MD5{suffix}"]
     if path.exists() and not check_integrity(path, md5):  # a download that was killed, say
         _move_aside(path)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -160,31 +158,20 @@ def _generated(ws: Workspace, source: Source, multiple: int, found: Sequence[Res
 def _read_block(path: Path, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
     """A block of ``data``: images uint8 (N, H, H, 3) and labels int64 (N,), N the training set's size.
 
-    Raises ValueError for any other content. A run folder may be anyone's: no more is unpacked than such a block holds,
-    whatever the file says of itself.
+    Raises ValueError for any other content: a run folder may be anyone's.
     """
-    count, size = len(data.train), data.image_size
-    shapes = {"images": (np.dtype(np.uint8), (count, size, size, 3)), "labels": (np.dtype(np.int64), (count,))}
+    expected = (len(data.train), data.image_size, data.image_size, 3)
     try:
-        with zipfile.ZipFile(path) as archive:
-            images, labels = (_member(archive, name, *expected) for name, expected in shapes.items())
-    except (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        images, labels = blocks.read_block(path)
+    except (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is no block of this dataset's images ({shown(str(error))}): run chapter 07, which makes it anew."
         ) from error
+    if images.shape != expected or labels.shape != expected[:1]:
+        raise ValueError(f"{path} holds images {images.shape} and labels {labels.shape}, not images {expected}.")
     if labels.min() < 0 or labels.max() >= data.num_classes:
         raise ValueError(f"{path} has labels from {labels.min()} to {labels.max()}, not 0 to {data.num_classes - 1}.")
     return images, labels
-
-
-def _member(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    with archive.open(f"{name}.npy") as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"its {name} are of another version")
-        if (found := np.lib.format.read_array_header_1_0(file)) != (shape, False, dtype):
-            raise ValueError(f"its {name} are {found[2]} {found[0]}, not {dtype} {shape}")
-        content = file.read(math.prod(shape) * dtype.itemsize)
-    return np.frombuffer(content, dtype).reshape(shape)
 
 
 # --- from the command line ---

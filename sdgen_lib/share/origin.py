@@ -115,7 +115,7 @@ def cas_of_set(ws: Workspace, source: Source, multiple: int) -> Result | None:
     With which classifier settings it was trained, the row's record says.
     """
     step = scaling_step(ws, source, f"x{multiple}")
-    needs = {need.name: ws.run.fingerprint(need) for need in step.needs}
+    needs = ws.run.needs(step)
     for row in newest_first(ws.run.path, step.name):
         said = row.record
         put_together = {name: said["settings"][name] for name in PUT_TOGETHER if name in said["settings"]}
@@ -142,7 +142,7 @@ def cas_of_real(ws: Workspace, source: Source, beside: Result | None) -> Result 
 def cas_of_generator(ws: Workspace, source: Source) -> Result | None:
     """The newest row of table 1 of exactly this generator; None if there is none."""
     step = cas_step(ws, source)
-    needs = {need.name: ws.run.fingerprint(need) for need in step.needs}
+    needs = ws.run.needs(step)
     roots = {root: ws.run.roots[root]() for root in step.roots}
     own = ws.settings.view(*source.step.topics).to_dict().items()
     for row in newest_first(ws.run.path, step.name):

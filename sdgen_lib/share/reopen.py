@@ -278,7 +278,7 @@ def _may_be_read(dataset: str, runs_dir: Path) -> bool:
 def _is_here(name: str) -> bool:
     """Whether a named dataset ships with the package or was downloaded before."""
     folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(name, f"{name}.npz")
-    return name == "digits" or (named._cache_folder() / folder).exists()
+    return name == "digits" or (named.cache_folder() / folder).exists()
 
 
 def _lies_in(path: str, folder: Path) -> bool:

@@ -83,22 +83,34 @@ def _is_readable(path: Path, count: int) -> bool:
 
 
 def _images(path: Path) -> np.ndarray:
-    """The images of a block or batch: uint8 (N, H, W, 3).
+    """The images of a block or batch: uint8 (N, H, W, 3). Raises as `read_block`."""
+    with zipfile.ZipFile(path) as archive:
+        return _array(archive, path, "images", np.uint8, 4)
+
+
+def read_block(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A block's images, uint8 (N, H, W, 3), and labels, int64 (N,).
 
     A run folder may be someone else's, so what the file says of its size is checked before numpy makes room for it:
-    ours are not compressed, and hold what their header says. Raises ValueError for another.
+    ours are not compressed, and hold what their header says. Raises ValueError, KeyError, EOFError or BadZipFile for
+    another.
     """
     with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo("images.npy")
-        with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
-            size = math.prod(shape)
-            ours = len(shape) == 4 and min(shape) >= 0 and dtype == np.uint8 and member.file_size == file.tell() + size
-        if not ours or member.compress_type != zipfile.ZIP_STORED or size > path.stat().st_size:
-            raise ValueError(f"{path} is no block of images as sdgen writes them: delete its folder to have it made.")
-        with archive.open(member) as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+        return _array(archive, path, "images", np.uint8, 4), _array(archive, path, "labels", np.int64, 1)
+
+
+def _array(archive: zipfile.ZipFile, path: Path, name: str, expected: type, dimensions: int) -> np.ndarray:
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
+        size = math.prod(shape) * np.dtype(expected).itemsize
+        ours = len(shape) == dimensions and min(shape) >= 0 and dtype == expected
+        ours = ours and member.file_size == file.tell() + size
+    if not ours or member.compress_type != zipfile.ZIP_STORED or size > path.stat().st_size:
+        raise ValueError(f"{path} is no block of images as sdgen writes them: delete its folder to have it made.")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def load_images(path: Path) -> torch.Tensor:

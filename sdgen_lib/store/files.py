@@ -77,12 +77,12 @@ def portable(name: str) -> str:
 
 
 def patiently(work: Callable[[], T]) -> T:
-    """``work()``, tried again for a second where it is not permitted.
+    """``work()``; on Windows tried again for a second where it is not permitted.
 
-    On Windows a file that another process has open can be neither replaced nor deleted, nor be opened while it is
-    being replaced. Everywhere else a permission that is missing stays missing.
+    There a file that another process has open can be neither replaced nor deleted, nor be opened while it is being
+    replaced. Everywhere else a permission that is missing stays missing.
     """
-    for pause in (0.02, 0.05, 0.1, 0.2, 0.3, 0.4):
+    for pause in (0.02, 0.05, 0.1, 0.2, 0.3, 0.4) if WINDOWS else ():
         try:
             return work()
         except PermissionError:

@@ -161,12 +161,12 @@ class Run:
                 "version": step.version,
                 "settings": self.settings.view(*step.topics).to_dict(),
                 "inputs": dict(step.inputs),
-                "needs": self._needs(step),
+                "needs": self.needs(step),
                 "roots": {root: self.roots[root]() for root in step.roots},
             }
         )
 
-    def _needs(self, step: Step) -> dict[str, str]:
+    def needs(self, step: Step) -> dict[str, str]:
         """The fingerprints of what a step reads, by name; the second one of a name is "name #2"."""
         found: dict[str, str] = {}
         for need in step.needs:
@@ -254,7 +254,7 @@ class Run:
             "fingerprint": self.fingerprint(step),
             "settings": s.view(*step.topics).to_dict(),
             "inputs": dict(step.inputs),
-            "needs": self._needs(step),
+            "needs": self.needs(step),
             "roots": {root: self.roots[root]() for root in step.roots},
             "run": {"dataset": s.dataset, "backbone": s.backbone, "recipe": s.recipe, "seed": s.seed},
             "facts": dict(facts),
