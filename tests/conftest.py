@@ -71,6 +71,8 @@ MICRO = dict(
     precision="fp32",
     transfer_epochs=2,
     finetune_epochs=2,
+    transfer_epoch_images="none",
+    finetune_epoch_images="none",
     n_trials=4,
     num_images=40,
     classifier_epochs=3,
@@ -192,6 +194,7 @@ def study_of():
                         "classifier_epochs": 3 if pruned else 9,
                         "seconds": 1.5,
                     },
+                    intermediate_values=dict.fromkeys(range(1, 4 if pruned else 10), value),
                 )
             )
         return study

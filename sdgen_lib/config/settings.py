@@ -131,7 +131,20 @@ class Settings:
         doc="the context that guidance leads away from",
     )
     transfer_epochs: int = setting(
-        50, low=1, high=MANY, read_by=("transfer",), source="section 3, step 1", doc="passes over the training images"
+        50,
+        low=1,
+        high=MANY,
+        read_by=("transfer",),
+        source="section 3, step 1",
+        doc="epochs of step 1, a checkpoint each",
+    )
+    transfer_epoch_images: int | None = setting(
+        None,
+        low=1,
+        high=MANY,
+        read_by=("transfer",),
+        source="section 3, step 1: the training set",
+        doc="images that an epoch of step 1 passes; None: the training set once",
     )
     transfer_batch_size: int = setting(
         64, low=1, high=MANY, read_by=("transfer",), source="section 3, step 1", doc="images of one optimiser step"
@@ -140,13 +153,42 @@ class Settings:
         1e-4, low=1e-12, high=100.0, read_by=("transfer",), source="section 3, step 1", doc="at the start; cosine to 0"
     )
     finetune_epochs: int = setting(
-        10, low=1, high=MANY, read_by=("finetune",), source="section 3, step 3", doc="passes over the training images"
+        10,
+        low=1,
+        high=MANY,
+        read_by=("finetune",),
+        source="section 3, step 3",
+        doc="epochs of step 3, a checkpoint each",
+    )
+    finetune_epoch_images: int | None = setting(
+        None,
+        low=1,
+        high=MANY,
+        read_by=("finetune",),
+        source="section 3, step 3: the training set",
+        doc="images that an epoch of step 3 passes; None: the training set once",
     )
     finetune_batch_size: int = setting(
         16, low=1, high=MANY, read_by=("finetune",), source="section 3, step 3", doc="images of one optimiser step"
     )
     finetune_learning_rate: float = setting(
         1e-5, low=1e-12, high=100.0, read_by=("finetune",), source="section 3, step 3", doc="at the start; cosine to 0"
+    )
+    finetune_encoder_learning_rate: float | None = setting(
+        None,
+        low=1e-12,
+        high=100.0,
+        read_by=("finetune",),
+        source="section 3, step 3: frozen",
+        doc="of the Class-Encoder, where step 3 trains it along with the UNet; None: it stays frozen",
+    )
+    label_dropout: float = setting(
+        0.0,
+        low=0.0,
+        high=1.0,
+        read_by=("training",),
+        source="section 3, step 1: no label is dropped",
+        doc="share of training images told no class, but the zero vector's context (Ho and Salimans 2022)",
     )
     weight_decay: float = setting(
         4e-3,
@@ -218,6 +260,23 @@ class Settings:
         source="section 3, step 2: Hyperband; released: no trial is ever pruned",
         doc="stop a trial whose classifier falls behind",
     )
+    incumbent_first: bool = setting(
+        False,
+        read_by=("retune",),
+        source="section 3, step 4: no point is given",
+        doc="step 4 first tries step 2's choice with the last UNet, the point of the row 'after 3'",
+    )
+    rescored: int = setting(
+        0,
+        low=0,
+        high=MANY,
+        read_by=("search", "retune"),
+        source="section 3: the best trial is taken",
+        doc="best trials drawn anew and scored again, to choose among; 0: the first score chooses",
+    )
+    rescoring_classifiers: int = setting(
+        3, low=1, high=1000, read_by=("search", "retune"), doc="classifiers that score each of them"
+    )
     num_images: int = setting(
         4000,
         low=1,
@@ -231,6 +290,9 @@ class Settings:
     )
     steps_max: int = setting(
         50, low=1, high=1000, read_by=("search_space",), source="section 3, step 2", doc="most inference steps (IS)"
+    )
+    guidance_min: float = setting(
+        0.0, low=0.0, high=1000.0, read_by=("search_space",), source="section 3, step 2", doc="smallest guidance (UGS)"
     )
     guidance_max: float = setting(
         7.5, low=0.0, high=1000.0, read_by=("search_space",), source="section 3, step 2", doc="largest guidance (UGS)"
@@ -459,6 +521,10 @@ def _check_together(settings: Settings) -> None:
     """Raises ValueError for values that are right one by one, and not together."""
     if settings.steps_min > settings.steps_max:
         raise ValueError(f"steps_min ({settings.steps_min}) must not exceed steps_max ({settings.steps_max}).")
+    if settings.guidance_min > settings.guidance_max:
+        raise ValueError(
+            f"guidance_min ({settings.guidance_min:g}) must not exceed guidance_max ({settings.guidance_max:g})."
+        )
     if settings.storage and "://" not in settings.storage:
         raise ValueError(
             f"storage {shown(settings.storage)} is no Optuna URL (a journal file is for a search of one process): give "

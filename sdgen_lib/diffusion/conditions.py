@@ -42,6 +42,14 @@ class Condition:
             )
         return Condition(context, torch.cat([self.embedding, other.embedding]))
 
+    def where(self, chosen: torch.Tensor, other: Condition) -> Condition:
+        """One image's condition ``other`` (B = 1) for the ``chosen`` images, bool (B,); the rest keep their own."""
+        other = other.expand(len(self))
+        context, embedding = torch.where(chosen[:, None, None], other.context, self.context), self.embedding
+        if embedding is not None:
+            embedding = torch.where(chosen[:, None], other.embedding, embedding)
+        return Condition(context, embedding)
+
 
 class Conditioner(Protocol):
     """Tells the generator what image i should be, and what "nothing in particular" is."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..machine.memory import MicroBatch
 from ..machine.ranks import ALONE, Ranks
+from ..machine.seeds import derived
 from .backbone import Backbone
 from .conditions import Condition, Conditioner
 from .loss import diffusion_loss
@@ -85,21 +86,24 @@ def _fixed_loss(
 
 
 def optimizer_for(
-    parameters: list[nn.Parameter], name: str, *, learning_rate: float, weight_decay: float
+    groups: Mapping[float, list[nn.Parameter]], name: str, *, weight_decay: float
 ) -> torch.optim.Optimizer:
     """AdamW (the released code's Keras Adam decays decoupled too), or with a state of 8 bits (Dettmers et al. 2022).
+
+    ``groups``: the parameters by their learning rate. Each of the optimiser's groups keeps its rate as "first_lr".
 
     ``name`` "auto" takes 8 bits where weights, gradients and a float32 state, 16 bytes a parameter, would fill more
     than 60 % of a CUDA card: the whole UNet of Stable Diffusion on 15 GiB. Raises ImportError, with the ways out, where
     bitsandbytes is needed and missing.
     """
-    device = parameters[0].device
+    parameters = [{"params": params, "lr": rate, "first_lr": rate} for rate, params in groups.items()]
+    device = parameters[0]["params"][0].device
     if name == "auto":
-        needed = 16 * sum(p.numel() for p in parameters)
+        needed = 16 * sum(p.numel() for params in groups.values() for p in params)
         small = device.type == "cuda" and needed > 0.6 * torch.cuda.get_device_properties(device).total_memory
         name = "adamw-8bit" if small else "adamw"
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, weight_decay=weight_decay, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -107,7 +111,7 @@ def optimizer_for(
             "Training this UNet here needs an optimiser state of 8 bits: pip install bitsandbytes, or choose "
             "finetune_method='lora', or optimizer='adamw' if the memory suffices."
         ) from error
-    return AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+    return AdamW8bit(parameters, weight_decay=weight_decay)
 
 
 @dataclasses.dataclass
@@ -153,25 +157,65 @@ class TrainingState:
             self.scaler.load_state_dict({k: type(v)(tensors[f"scaler.{k}"].item()) for k, v in known.items()})
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one step of the optimiser trains on, on the CPU.
+
+    ``rows`` int64 (B,) of the training set; ``t`` int64 (B,) timesteps; ``noise`` float (B, C, H, W); ``dropped`` bool
+    (B,): whether the image is told the unconditional context instead of its own.
+    """
+
+    rows: torch.Tensor
+    t: torch.Tensor
+    noise: torch.Tensor
+    dropped: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(self.rows[part], self.t[part], self.noise[part], self.dropped[part])
+
+
 @dataclasses.dataclass
 class Batches:
-    """The training images, noises and timesteps of each epoch, which come from (``seed``, epoch) alone."""
+    """The training images, noises and timesteps of each epoch, which come from (``seed``, epoch) alone.
+
+    An epoch is ``images`` long (None: as the training set). The epochs are the parts of one endless row of random
+    orders of the training set: none of its images comes an (n + 1)-th time before all have come n times.
+    """
 
     train: Latents
     batch_size: int
     seed: int
     num_timesteps: int
+    images: int | None = None
+    label_dropout: float = 0.0
+
+    @property
+    def images_per_epoch(self) -> int:
+        return self.images or len(self.train)
 
     @property
     def per_epoch(self) -> int:
-        return math.ceil(len(self.train) / self.batch_size)
+        return math.ceil(self.images_per_epoch / self.batch_size)
 
-    def of(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(rows int64 (B,), t int64 (B,), noise (B, C, H, W)) of each batch, on the CPU."""
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-        for rows in torch.randperm(len(self.train), generator=generator).split(self.batch_size):
+    def of(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, from 1."""
+        generator = torch.Generator().manual_seed(derived(self.seed, "noise of training epoch", epoch))
+        for rows in self._rows(epoch).split(self.batch_size):
             t = torch.randint(0, self.num_timesteps, (len(rows),), generator=generator)
-            yield rows, t, torch.randn(len(rows), *self.train.latents.shape[1:], generator=generator)
+            noise = torch.randn(len(rows), *self.train.latents.shape[1:], generator=generator)
+            yield Batch(rows, t, noise, torch.rand(len(rows), generator=generator) < self.label_dropout)
+
+    def _rows(self, epoch: int) -> torch.Tensor:
+        n, first, last = len(self.train), (epoch - 1) * self.images_per_epoch, epoch * self.images_per_epoch
+        orders = [self._order(number) for number in range(first // n, math.ceil(last / n))]
+        return torch.cat(orders)[first % n :][: self.images_per_epoch]
+
+    def _order(self, number: int) -> torch.Tensor:
+        seed = derived(self.seed, "order of the training images", number)
+        return torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +229,12 @@ class Gradients:
     micro_batch: MicroBatch
     ranks: Ranks
 
-    def compute(self, rows: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Leaves them in the parameters; arguments from `Batches.of`. Returns the loss, a scalar on the device."""
-        train, device, mine = self.batches.train, self.backbone.device, slice(self.ranks.rank, None, self.ranks.count)
-        whole, rows = len(rows), rows[mine].to(train.labels.device)
-        t, noise = t[mine].to(device), noise[mine].to(device)
+    def compute(self, batch: Batch) -> torch.Tensor:
+        """Leaves them in the parameters. Returns the loss, a scalar on the device."""
+        train, device = self.batches.train, self.backbone.device
+        whole, batch = len(batch), batch[slice(self.ranks.rank, None, self.ranks.count)]
+        rows, t = batch.rows.to(train.labels.device), batch.t.to(device)
+        noise, dropped = batch.noise.to(device), batch.dropped.to(device)
         losses: list[torch.Tensor] = []
 
         def begin() -> None:
@@ -198,10 +243,13 @@ class Gradients:
 
         def work(part: slice) -> None:
             at = rows[part]
+            told = self.conditioner(train.labels[at], at, self.batches.seed)
+            if self.batches.label_dropout:
+                told = told.where(dropped[part], self.conditioner.unconditional())
             loss = diffusion_loss(
                 self.backbone.predict_noise,
                 train.latents[at],
-                self.conditioner(train.labels[at], at, self.batches.seed),
+                told,
                 t[part],
                 noise[part],
                 self.backbone.alphas_cumprod,
@@ -211,7 +259,7 @@ class Gradients:
             self.state.scaler.scale(loss).backward()
             losses.append(loss.detach())
 
-        self.micro_batch.run(len(rows), begin, work)
+        self.micro_batch.run(len(batch), begin, work)
         return self._added_up(sum(losses, start=torch.zeros((), device=device)))
 
     def _added_up(self, loss: torch.Tensor) -> torch.Tensor:
@@ -246,6 +294,9 @@ def fit(
     weight_decay: float,
     clip_norm: float,
     seed: int,
+    own_rates: Mapping[str, float] | None = None,
+    images_per_epoch: int | None = None,
+    label_dropout: float = 0.0,
     optimizer: str = "auto",
     resume: Mapping[str, torch.Tensor] | None = None,
     at_once: int | None = None,
@@ -256,17 +307,22 @@ def fit(
     """Trains ``trainable`` with the diffusion loss, and yields after every epoch.
 
     ``trainable``: parameters, by name, of a conditioner or of the backbone's UNet; all else stays frozen. AdamW, global
-    clip norm, cosine decay to zero over all steps (paper, section 3, step 1). Each epoch's order, timesteps and noise
-    come from (seed, epoch) alone, so that with ``resume``, the `TrainingState.tensors` of an earlier epoch, a killed
-    training goes on to the same result.
+    clip norm, cosine decay to zero over all steps (paper, section 3, step 1). ``own_rates``: the learning rates, by
+    name, of parameters that do not have ``learning_rate``. ``images_per_epoch``: how long an epoch is; None: once over
+    the training set. ``label_dropout`` (0..1): the share of images that are told the conditioner's unconditional
+    context, so that guidance has one that was trained (Ho and Salimans 2022).
+
+    Each epoch's order, timesteps and noise come from (seed, epoch) alone, so that with ``resume``, the
+    `TrainingState.tensors` of an earlier epoch, a killed training goes on to the same result.
 
     Several ``ranks`` share each batch and add their gradients up: the result is one process's, up to rounding. Where
     the accelerator's memory runs out, gradient checkpointing is switched on, then a batch goes through in parts whose
     gradients add up to the batch's (``at_once``: begin with so many images). float16 scales the loss.
     Raises FloatingPointError if the loss stops being finite.
     """
-    state = _begun(trainable, backbone, optimizer, learning_rate=learning_rate, weight_decay=weight_decay)
-    batches = Batches(train, batch_size, seed, len(backbone.alphas_cumprod))
+    rates = {name: (own_rates or {}).get(name, learning_rate) for name in trainable}
+    state = _begun(trainable, backbone, optimizer, rates, weight_decay)
+    batches = Batches(train, batch_size, seed, len(backbone.alphas_cumprod), images_per_epoch, label_dropout)
     micro_batch = MicroBatch(min(at_once or batch_size, batch_size), lambda: _checkpoints_gradients(backbone))
     gradients = Gradients(state, backbone, conditioner, batches, micro_batch, ranks)
     try:
@@ -278,9 +334,9 @@ def fit(
         done, total_steps = state.epoch * batches.per_epoch, epochs * batches.per_epoch
         for epoch in range(state.epoch + 1, epochs + 1):
             losses: list[torch.Tensor] = []  # of each batch; looked at once an epoch, so that a card need not wait
-            for rows, t, noise in batches.of(epoch):
-                losses.append(gradients.compute(rows, t, noise) * (len(rows) / len(train)))
-                _step(state, learning_rate * 0.5 * (1 + math.cos(math.pi * done / total_steps)), clip_norm)
+            for batch in batches.of(epoch):
+                losses.append(gradients.compute(batch) * (len(batch) / batches.images_per_epoch))
+                _step(state, 0.5 * (1 + math.cos(math.pi * done / total_steps)), clip_norm)
                 done += 1
             state.epoch = epoch
             yield Epoch(epoch, _mean_loss(losses, title, epoch, learning_rate), state, micro_batch)
@@ -295,25 +351,31 @@ def _begun(
     trainable: Mapping[str, nn.Parameter],
     backbone: Backbone,
     optimizer: str,
-    *,
-    learning_rate: float,
+    rates: Mapping[str, float],
     weight_decay: float,
 ) -> TrainingState:
     """The state before the first epoch: what trains asks for gradients from now on."""
-    trainable = {name: p.requires_grad_(True) for name, p in trainable.items()}
-    parameters = list(trainable.values())
-    if not {id(p) for p in parameters}.isdisjoint(map(id, backbone.unet.parameters())):
+    # In the optimiser's order, whose groups have a rate each: its state goes by numbers.
+    names = [name for rate in dict.fromkeys(rates.values()) for name in trainable if rates[name] == rate]
+    trainable = {name: trainable[name].requires_grad_(True) for name in names}
+    if not {id(p) for p in trainable.values()}.isdisjoint(map(id, backbone.unet.parameters())):
         backbone.unet_key = None  # its weights will be none that anybody named
-    adam = optimizer_for(parameters, optimizer, learning_rate=learning_rate, weight_decay=weight_decay)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        groups.setdefault(rates[name], []).append(parameter)
+    adam = optimizer_for(groups, optimizer, weight_decay=weight_decay)
     # Small gradients vanish in float16 unless the loss is made large first; elsewhere this does nothing.
     scaler = torch.amp.GradScaler(torch.device(backbone.device).type, enabled=backbone.dtype == torch.float16)
     return TrainingState(trainable, adam, scaler)
 
 
-def _step(state: TrainingState, learning_rate: float, clip_norm: float) -> None:
-    """One step of the optimiser, along gradients whose global norm is cut to ``clip_norm``."""
+def _step(state: TrainingState, share: float, clip_norm: float) -> None:
+    """One step of the optimiser, at this share of each first rate, along gradients of a norm of at most ``clip_norm``.
+
+    The norm is that of all parameters together.
+    """
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = share * group["first_lr"]
     state.scaler.unscale_(state.optimizer)
     nn.utils.clip_grad_norm_(list(state.trainable.values()), clip_norm)
     state.scaler.step(state.optimizer)

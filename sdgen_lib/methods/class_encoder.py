@@ -27,7 +27,7 @@ from ..diffusion.training import FIXED_NOISES, held_out_losses
 from ..machine.passes import Pass, Work, total
 from ..machine.seeds import derived
 from ..search import search as searches
-from ..search.search import Space
+from ..search.search import Space, chosen
 from ..search.study import FINISHED, UNREADABLE, keep, open_study, resume_study, share_study
 from ..store import files
 from ..store.run import DIGITS, Step, results
@@ -37,7 +37,9 @@ from ..work.workspace import Source, Workspace, classifier_options, classifier_w
 
 ROWS = ("after 1", "after 2", "after 3", "after 4")  # of table 1: where the steps stand
 JOURNAL = "journal.log"
-SEARCH_VERSION = 2  # of both searches: raised whenever the same settings would score trials otherwise
+ENCODER = "class_encoder."  # before the names of its parameters in a checkpoint of step 3
+TRAINING_VERSION = 2  # of steps 1 and 3: raised whenever the same settings would train otherwise
+SEARCH_VERSION = 3  # of both searches: raised whenever the same settings would score trials otherwise
 SAMPLING = ("sampling", "class_encoder", "precision", "seed")  # what drawing an image reads, besides its point
 
 
@@ -159,9 +161,13 @@ class ClassEncoderMethod:
             topics=("class_encoder", "transfer", "training", "seed", "precision"),
             needs=(self.ws.latents_step,),
             work=lambda: self._training_work(
-                Pass("context gradient", s.transfer_batch_size), s.transfer_epochs, self.ws.latents_step
+                Pass("context gradient", s.transfer_batch_size),
+                s.transfer_epochs,
+                s.transfer_epoch_images,
+                before=self.ws.latents_step,
             ),
             title="Step 1: Class-Encoder",
+            version=TRAINING_VERSION,
             together=True,
         )
 
@@ -186,8 +192,11 @@ class ClassEncoderMethod:
             self._make_finetune,
             topics=("class_encoder", "finetune", "training", "seed", "precision"),
             needs=(self.ws.latents_step, self.transfer_step, self.tune_step()),
-            work=lambda: self._training_work(Pass(kind, s.finetune_batch_size), s.finetune_epochs),
+            work=lambda: self._training_work(
+                Pass(kind, s.finetune_batch_size), s.finetune_epochs, s.finetune_epoch_images
+            ),
             title="Step 3: UNet",
+            version=TRAINING_VERSION,
             together=True,
         )
 
@@ -226,7 +235,7 @@ class ClassEncoderMethod:
         study = self._study(self.retune_step(on_trial), _retune_trials(self.ws.settings), self.second_space, on_trial)
         if self.ws.settings.keep_unets == "used":
             last = self.ws.settings.finetune_epochs
-            kept = {study.best_params["epoch"], last}  # rows "after 4" and "after 3"
+            kept = {chosen(study).params["epoch"], last}  # rows "after 4" and "after 3"
             tuned = self.ws.run.fingerprint(self.finetune_step)
             for other in results(self.ws.run.path, "4_retune"):  # with other settings, of the same UNets
                 if other.record["needs"].get("3_finetune") == tuned:
@@ -238,11 +247,11 @@ class ClassEncoderMethod:
     def first_space(self) -> Space:
         """What step 2 chooses from."""
         s = self.ws.settings
-        return Space((s.steps_min, s.steps_max), (0.0, s.guidance_max), (1, s.transfer_epochs))
+        return Space((s.steps_min, s.steps_max), (s.guidance_min, s.guidance_max), (1, s.transfer_epochs))
 
     def second_space(self) -> Space:
         """What step 4 chooses from: bounded by the best of step 2, which is done first."""
-        return self.first_space().after(self.tune().best_params, self.ws.settings.finetune_epochs)
+        return self.first_space().after(chosen(self.tune()).params, self.ws.settings.finetune_epochs)
 
     def _bounded_space(self) -> Space:
         """As `second_space` if step 2 is done, for an estimate; else the first one."""
@@ -256,12 +265,12 @@ class ClassEncoderMethod:
         s = self.ws.settings
         if row == "after 1":
             return Point(s.default_steps, s.default_guidance, s.transfer_epochs)
-        first = self.tune().best_params
+        first = chosen(self.tune()).params
         point = Point(first["IS"], first["UGS"], first["epoch"])
         if row == "after 3":
             point = dataclasses.replace(point, finetune_epoch=s.finetune_epochs)
         if row == "after 4":
-            second = self.retune().best_params
+            second = chosen(self.retune()).params
             point = Point(second["IS"], second["UGS"], first["epoch"], second["epoch"])
         return point
 
@@ -300,7 +309,7 @@ class ClassEncoderMethod:
     def _generator(self, point: Point, fingerprint: str) -> LatentGenerator:
         ws, s = self.ws, self.ws.settings.view(*SAMPLING, "how")
         empty = ws.backbone.text_context([""])[0] if s.unconditional == "empty_prompt" else None
-        conditioner = self.class_encoder(point.transfer_epoch, s).conditioner(s.unconditional, empty)
+        conditioner = self.class_encoder_at(point, s).conditioner(s.unconditional, empty)
         return LatentGenerator(
             ws.backbone,
             conditioner.table(),
@@ -338,6 +347,15 @@ class ClassEncoderMethod:
         encoder.load_state_dict(files.load_tensors(path))
         return encoder.requires_grad_(False).eval()
 
+    def class_encoder_at(self, point: Point, s: Settings | View | None = None) -> ClassEncoder:
+        """The Class-Encoder that a point samples with, frozen: step 1's, or step 3's if that trained it along."""
+        if point.finetune_epoch is None or not self.ws.run.result(self.finetune_step).facts["class_encoder_trained"]:
+            return self.class_encoder(point.transfer_epoch, s)
+        encoder = self.new_class_encoder(s)
+        tensors = files.load_tensors(self.ws.run.file(self.finetune_step, checkpoint_name(point.finetune_epoch)))
+        encoder.load_state_dict({n.removeprefix(ENCODER): t for n, t in tensors.items() if n.startswith(ENCODER)})
+        return encoder.requires_grad_(False).eval()
+
     def _unet(self, epoch: int | None) -> tuple[str, Callable[[], dict[str, torch.Tensor] | None]]:
         """The UNet's weights at an epoch of step 3, as `Backbone.put_unet` takes them."""
         if epoch is None:
@@ -347,7 +365,8 @@ class ClassEncoderMethod:
 
         def load() -> dict[str, torch.Tensor]:
             with self.ws.run.alone():  # of several ranks only those come here whose UNet holds other weights
-                return files.load_tensors(self.ws.run.file(step, checkpoint_name(epoch)))
+                kept = files.load_tensors(self.ws.run.file(step, checkpoint_name(epoch)))
+            return {name: tensor for name, tensor in kept.items() if not name.startswith(ENCODER)}
 
         return key, load
 
@@ -372,15 +391,17 @@ class ClassEncoderMethod:
             epochs=s.transfer_epochs,
             batch_size=s.transfer_batch_size,
             learning_rate=s.transfer_learning_rate,
+            images_per_epoch=s.transfer_epoch_images,
             probe=lambda: self._losses(conditioner),
             title="Class-Encoder",
         )
         return {"revision": ws.backbone.source.revision}
 
     def _make_finetune(self, folder: Path, s: View) -> dict[str, Any]:
-        ws, unet, epoch = self.ws, self.ws.backbone.unet, self.tune().best_params["epoch"]
+        ws, unet, epoch = self.ws, self.ws.backbone.unet, chosen(self.tune()).params["epoch"]
         self._check_disk(folder, s)
-        conditioner = self.class_encoder(epoch, s).conditioner("zero")
+        encoder, own_rates = self.class_encoder(epoch, s), {}
+        conditioner = encoder.conditioner("zero")
         if s.finetune_method == "lora":
             ws.backbone.put_unet(*self._unet(None))
             ws.backbone.unet_key = None  # what is about to train is no checkpoint
@@ -390,6 +411,10 @@ class ClassEncoderMethod:
         else:
             ws.backbone.set_unet(dtype=torch.float32)  # what trains needs more digits than what is frozen
             trainable = dict(unet.named_parameters())
+        if s.finetune_encoder_learning_rate is not None:
+            trained = {ENCODER + name: parameter for name, parameter in encoder.named_parameters()}
+            own_rates = dict.fromkeys(trained, s.finetune_encoder_learning_rate)
+            trainable |= trained
         fit_and_keep(
             folder,
             ws,
@@ -400,11 +425,17 @@ class ClassEncoderMethod:
             epochs=s.finetune_epochs,
             batch_size=s.finetune_batch_size,
             learning_rate=s.finetune_learning_rate,
+            own_rates=own_rates,
+            images_per_epoch=s.finetune_epoch_images,
             probe=lambda: self._losses(conditioner),
             checkpoint_dtype=None if s.finetune_method == "lora" else torch.float16,  # half of the disk
             title="UNet",
         )
-        return {"transfer_epoch": epoch, "revision": ws.backbone.source.revision}
+        return {
+            "transfer_epoch": epoch,
+            "class_encoder_trained": bool(own_rates),
+            "revision": ws.backbone.source.revision,
+        }
 
     def _check_disk(self, folder: Path, s: View) -> None:
         """Says what step 3 will keep, if it is much; raises OSError where the disk has no room for it."""
@@ -463,7 +494,19 @@ class ClassEncoderMethod:
             study = keep(shared, journal, n_trials)
         else:
             study = self._run_trials(resume_study(journal, _study_name(step)), s, step, space, on_trial)
-        return {"study": study.study_name, "best": study.best_params, "best_value": study.best_value}
+        if s.rescored:
+            searches.rescore(
+                study,
+                self._images_of(s, step, "rescoring"),
+                self._labels(s),
+                self.ws.data,
+                count=s.rescored,
+                select_on=s.select_on,
+                classifier_seeds=[derived(s.seed, step.name, k) for k in range(1, s.rescoring_classifiers + 1)],
+                classifier_options=classifier_options(s, in_search=True),
+            )
+        best = chosen(study)
+        return {"study": study.study_name, "best": best.params, "best_value": best.value}
 
     def _run_trials(
         self,
@@ -474,21 +517,14 @@ class ClassEncoderMethod:
         on_trial: Callable[[optuna.Study], None] | None,
         shared: bool = False,
     ) -> optuna.Study:
-        data, labels = self.ws.data, balanced_labels(s.num_images, self.ws.data.num_classes)
-        best_transfer = None if step.name == "2_tune" else self.tune().best_params["epoch"]
-
-        def images_of(num_inference_steps: int, guidance_scale: float, epoch: int) -> torch.Tensor:
-            transfer, finetune = (epoch, None) if best_transfer is None else (best_transfer, epoch)
-            generator = self.generator_at(Point(num_inference_steps, guidance_scale, transfer, finetune))
-            # The same noise in every trial: trials differ by their parameters alone.
-            return generator(labels, seed=s.seed, set_name="trial")
-
+        known = [space.nearest(self._incumbent())] if step.name == "4_retune" and s.incumbent_first else []
         return searches.search(
             study,
             space,
-            images_of,
-            labels,
-            data,
+            self._images_of(s, step, "trial"),
+            self._labels(s),
+            self.ws.data,
+            known=known,
             n_trials=_trials(step, s),
             select_on=s.select_on,
             seed=s.seed,
@@ -499,20 +535,45 @@ class ClassEncoderMethod:
             shared=shared,
         )
 
+    def _labels(self, s: View) -> torch.Tensor:
+        return balanced_labels(s.num_images, self.ws.data.num_classes)
+
+    def _images_of(self, s: View, step: Step, set_name: str) -> Callable[[int, float, int], torch.Tensor]:
+        """Draws a trial of a search from the noise of ``set_name``."""
+        best_transfer = None if step.name == "2_tune" else chosen(self.tune()).params["epoch"]
+
+        def images_of(num_inference_steps: int, guidance_scale: float, epoch: int) -> torch.Tensor:
+            transfer, finetune = (epoch, None) if best_transfer is None else (best_transfer, epoch)
+            generator = self.generator_at(Point(num_inference_steps, guidance_scale, transfer, finetune))
+            # The same noise in every trial: trials differ by their parameters alone.
+            return generator(self._labels(s), seed=s.seed, set_name=set_name)
+
+        return images_of
+
+    def _incumbent(self) -> dict[str, float]:
+        """The point of the row before step 4, as its search names the parameters."""
+        before = self.point("after 3")
+        return {"IS": before.num_inference_steps, "UGS": before.guidance_scale, "epoch": before.finetune_epoch}
+
     # --- what they cost ---
 
-    def _training_work(self, gradient: Pass, epochs: int, before: Step | None = None) -> Work:
+    def _training_work(self, gradient: Pass, epochs: int, epoch_images: int | None, before: Step | None = None) -> Work:
         data = self.ws.data
         held_out = Pass("unet", min(256, len(data.val)))
-        work = {gradient: epochs * len(data.train), held_out: epochs * 3 * FIXED_NOISES * len(data.val)}
+        work = {
+            gradient: epochs * (epoch_images or len(data.train)),
+            held_out: epochs * 3 * FIXED_NOISES * len(data.val),
+        }
         return work if before is None or self.ws.run.peek(before) else total([work, before.work()])
 
     def _search_work(self, n_trials: int, space: Space) -> Work:
         """At the middle of the range of IS: what a search will draw is not known."""
-        s, images = self.ws.settings, n_trials * self.ws.settings.num_images
+        s = self.ws.settings
+        images = (n_trials + s.rescored) * s.num_images
         share = cost.PRUNED_SHARE if s.pruning else 1.0
         classifier = classifier_work(s, s.num_images, self._pixels(), self.ws.data.num_classes)
-        trained = {kind: n_trials * share * count for kind, count in classifier.items()}
+        trainings = n_trials * share + s.rescored * s.rescoring_classifiers
+        trained = {kind: trainings * count for kind, count in classifier.items()}
         return total([self._sampled(sum(space.IS) / 2, 2.0, images), trained])
 
     def _drawing_work(self, row: str, images: int) -> Work:

@@ -33,6 +33,7 @@ UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # a worker's signs of life; a trial without one for so long is queued again
 MAX_RETRIES = 3
+QUEUED = "fixed_params"  # Optuna's attribute of a queued trial: the parameters that it is to try
 SEARCH = "numbers of the search's trials"  # the attribute that `keep` goes by
 SQLITE_SECONDS = 60  # a process waits so long while others write
 
@@ -151,7 +152,8 @@ def resume_study(journal: Path, name: str) -> optuna.Study:
 
     Such a trial must leave no trace: its number would shift those of the later ones, by which Hyperband deals out its
     brackets, and the rungs that it reached would count as a competitor's. What Optuna's tools wrote stays: attributes
-    of the study (optuna-dashboard keeps its notes there) and trials that were queued.
+    of the study (optuna-dashboard keeps its notes there) and trials that were queued. A queued one that was half done
+    is queued again, in its old place.
     """
     if journal.exists():
         _mend(journal)
@@ -161,11 +163,29 @@ def resume_study(journal: Path, name: str) -> optuna.Study:
         move_aside(journal)
         study = open_study(journal, name)
     trials = study.get_trials(deepcopy=False)
-    kept = [t for t in trials if t.state in (*FINISHED, TrialState.WAITING)]
-    if len(kept) == len(trials):
+    if all(_is_whole(t) for t in trials):
         return study
+    kept = _queued_again(trials)
     notes = study._storage.get_study_system_attrs(study._study_id)  # as `optuna.copy_study` reads them
     return _write(journal, study, kept, notes)
+
+
+def _is_whole(trial: FrozenTrial) -> bool:
+    return trial.state in (*FINISHED, TrialState.WAITING)
+
+
+def _queued_again(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The whole trials; of the half-done ones those that were queued, as they were then, each point once."""
+    kept, points = [], [t.system_attrs[QUEUED] for t in trials if _is_whole(t) and QUEUED in t.system_attrs]
+    for trial in trials:
+        point = trial.system_attrs.get(QUEUED)
+        if _is_whole(trial):
+            kept.append(trial)
+        elif point and point not in points:
+            points.append(point)
+            again = {"user_attrs": trial.user_attrs, "system_attrs": {QUEUED: point}}
+            kept.append(optuna.trial.create_trial(state=TrialState.WAITING, **again))
+    return kept
 
 
 def keep(study: optuna.Study, journal: Path, n_trials: int) -> optuna.Study:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..config import paper
-from ..search.search import PARAMETERS, trials_frame
+from ..search.search import PARAMETERS, rescored_frame, trials_frame
 from .figures import BLUE, GREY, ORANGE, PINK, new_axes, percent_axis
 
 LABELS = {"IS": "IS (inference steps)", "UGS": "UGS (guidance scale)", "epoch": "epoch of the checkpoint"}
@@ -45,18 +45,20 @@ def loss_curve(history: pd.DataFrame, title: str) -> Figure:
 
 
 def _coloured(ax: Axes, frame: pd.DataFrame, x: str, y: str, least_span: float) -> ScalarMappable:
-    """Draws each trial as a point, coloured by its accuracy; returns the scale of the colours, in percent.
+    """Draws each trial as a point, the complete ones coloured by accuracy; returns the scale, in percent.
 
-    ``least_span``: the scale spans at least so many percent, also where all trials scored alike.
+    A pruned trial is a grey cross: its accuracy is that of a shorter training. ``least_span``: the scale spans at least
+    so many percent, also where all trials scored alike.
     """
-    low = 100 * frame.value.min() if len(frame) else 0.0
-    high = max(100 * frame.value.max() if len(frame) else 0.0, low + least_span)
+    complete = frame[~frame.pruned.astype(bool)]
+    low = 100 * complete.value.min() if len(complete) else 0.0
+    high = max(100 * complete.value.max() if len(complete) else 0.0, low + least_span)
     scale = ScalarMappable(plt.Normalize(low, high), "viridis")
-    for pruned, (_, marker, label) in KINDS.items():
+    for pruned, (colour, marker, label) in KINDS.items():
         part = frame[frame.pruned == pruned]
         if len(part):
-            look = {"marker": marker, "s": 70, "edgecolor": "white", "label": label}
-            ax.scatter(part[x], part[y], c=100 * part.value, norm=scale.norm, cmap=scale.cmap, **look)
+            look = {"color": colour} if pruned else {"c": 100 * part.value, "norm": scale.norm, "cmap": scale.cmap}
+            ax.scatter(part[x], part[y], marker=marker, s=70, edgecolor="white", label=label, **look)
     return scale
 
 
@@ -71,8 +73,8 @@ def trials(study: optuna.Study, title: str = "") -> Figure:
     scale = _coloured(left, frame, "IS", "UGS", least_span=1e-4)
     figure.colorbar(scale, ax=left, label="accuracy on real images (%)")
     if complete.notna().any():
-        best = frame.loc[complete.idxmax()]
-        left.scatter([best.IS], [best.UGS], label="best", **RING)
+        best = best_trial(frame)
+        left.scatter([best.IS], [best.UGS], label="chosen", **RING)
     left.set(xlabel=LABELS["IS"], ylabel=LABELS["UGS"])
     for pruned, (colour, marker, label) in KINDS.items():
         at = np.flatnonzero(frame.pruned == pruned)
@@ -87,6 +89,37 @@ def trials(study: optuna.Study, title: str = "") -> Figure:
     percent_axis(right)
     if title:
         figure.suptitle(title)
+    return figure
+
+
+def rescored(study: optuna.Study) -> Figure:
+    """What the best few trials were picked for, and what several classifiers on images drawn anew say of them.
+
+    A first value far above the mean was luck. Raises ValueError where no trial was rescored.
+    """
+    frame = rescored_frame(study)
+    if not len(frame):
+        raise ValueError("No trial of this search was rescored: set rescored to 2 or more.")
+    figure, ax = new_axes(size=(6.4, 0.5 * len(frame) + 1.4))
+    at = np.arange(len(frame))
+    ax.hlines(at, frame["first value"], frame["mean"], color=GREY, linewidth=1)
+    ax.scatter(frame["first value"], at, marker="D", color=ORANGE, zorder=3, label="first value, one classifier")
+    ax.errorbar(
+        frame["mean"],
+        at,
+        xerr=frame["standard error"].fillna(0),
+        fmt="o",
+        color=BLUE,
+        capsize=4,
+        label=f"drawn anew: mean ± standard error of {frame.classifiers.max()}",
+    )
+    points = [f"IS {row.IS:.0f}, UGS {row.UGS:.2f}, epoch {row.epoch:.0f}" for row in frame.itertuples()]
+    names = [point + ("  (chosen)" if is_chosen else "") for point, is_chosen in zip(points, frame.chosen)]
+    ax.set_yticks(at, names)
+    ax.invert_yaxis()
+    ax.set(xlabel="accuracy on real images")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
@@ -154,9 +187,8 @@ def contour(study: optuna.Study, x: str = "IS", y: str = "UGS") -> Figure:
 
 
 def best_trial(frame: pd.DataFrame) -> pd.Series:
-    """The row of `trials_frame` with the highest accuracy; of a pruned trial only where none is complete."""
-    complete = frame[~frame.pruned.astype(bool)]
-    return frame.loc[(complete if len(complete) else frame).value.astype(float).idxmax()]
+    """The row of `trials_frame` that the search chose; of a pruned trial, the most accurate, where none is complete."""
+    return frame.loc[frame.chosen.idxmax() if frame.chosen.any() else frame.value.astype(float).idxmax()]
 
 
 def _expected(frame: pd.DataFrame, best: pd.Series, grid: dict[str, np.ndarray]) -> np.ndarray:

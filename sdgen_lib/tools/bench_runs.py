@@ -113,6 +113,7 @@ def whole_course(o: argparse.Namespace) -> list[dict[str, Any]]:
         dataset="digits:200",
         transfer_epochs=4,
         finetune_epochs=2,
+        finetune_epoch_images=5000,
         n_trials=6,
         num_images=200,
         classifier_seeds=1,

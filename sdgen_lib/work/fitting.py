@@ -36,6 +36,8 @@ def fit_and_keep(
     batch_size: int,
     learning_rate: float,
     probe: Probe,
+    images_per_epoch: int | None = None,
+    own_rates: Mapping[str, float] | None = None,
     checkpoint_dtype: torch.dtype | None = None,
     title: str,
 ) -> list[dict[str, Any]]:
@@ -58,6 +60,9 @@ def fit_and_keep(
         weight_decay=s.weight_decay,
         clip_norm=s.clip_norm,
         seed=s.seed,
+        own_rates=own_rates,
+        images_per_epoch=images_per_epoch,
+        label_dropout=s.label_dropout,
         optimizer=s.optimizer,
         resume=resume,
         at_once=micro["size"],

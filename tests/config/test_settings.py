@@ -68,6 +68,7 @@ def test_every_setting_but_the_projects_own_has_a_source():
         *("dataset", "recipe", "seed", "runs_dir", "storage", "given", "precision", "class_encoder_start", "lora_rank"),
         *("optimizer", "compile_unet", "gradient_checkpointing", "keep_unets", "sample_batch_size", "default_steps"),
         *("default_guidance", "classifier_epoch_images", "classifier_epoch_limit", "classifier_seeds"),
+        "rescoring_classifiers",
     }
     assert {name for name, field in FIELDS.items() if field.metadata["source"]} == set(FIELDS) - ours
     assert not set(RECIPES["released"]) & ours
@@ -81,21 +82,22 @@ OF_TOPICS = {
     "precision": {"precision"},
     "seed": {"seed"},
     "class_encoder": {"class_encoder_rank", "class_encoder_tokens", "class_encoder_start"},
-    "transfer": {"transfer_epochs", "transfer_batch_size", "transfer_learning_rate"},
+    "transfer": {"transfer_epochs", "transfer_epoch_images", "transfer_batch_size", "transfer_learning_rate"},
     "finetune": {
         *("finetune_epochs", "finetune_batch_size", "finetune_learning_rate"),
-        *("finetune_method", "lora_rank"),
+        *("finetune_epoch_images", "finetune_encoder_learning_rate", "finetune_method", "lora_rank"),
     },
-    "training": {"weight_decay", "clip_norm", "optimizer"},
+    "training": {"weight_decay", "clip_norm", "optimizer", "label_dropout"},
     "sampling": {"unconditional", "sampler", "antialias"},
     "default_point": {"default_steps", "default_guidance"},
-    "search_space": {"steps_min", "steps_max", "guidance_max"},
+    "search_space": {"steps_min", "steps_max", "guidance_min", "guidance_max"},
     "search": {
-        *("n_trials", "pruning", "select_on", "num_images"),
+        *("n_trials", "pruning", "select_on", "num_images", "rescored", "rescoring_classifiers"),
         *("search_plateau_patience", "search_stop_patience"),
     },
     "retune": {
         *("n_trials", "n_trials_retune", "pruning", "select_on", "num_images"),
+        *("incumbent_first", "rescored", "rescoring_classifiers"),
         *("search_plateau_patience", "search_stop_patience"),
     },
     "cas": {"num_images"},
@@ -125,7 +127,7 @@ def test_a_topics_fields():
 def test_a_view_shows_what_was_declared_and_nothing_else():
     settings = resolve(recipe="demo", backbone="tiny", seed=3)
     view = settings.view("seed", "search_space")
-    expected = {"guidance_max": 7.5, "seed": 3, "steps_max": 12, "steps_min": 5}
+    expected = {"guidance_max": 3.0, "guidance_min": 1.0, "seed": 3, "steps_max": 12, "steps_min": 5}
     assert view.to_dict() == expected and list(view.to_dict()) == sorted(expected)
     assert (view.seed, view.steps_max) == (3, 12)
     with pytest.raises(AttributeError, match=r"reads num_images must .* its topics \(search, retune, cas\)"):
@@ -251,9 +253,14 @@ def test_any_value_is_taken_as_its_type_or_refused_in_one_line(name, value):
 
 
 def test_the_edges_of_the_ranges_are_allowed():
-    settings = resolve(seed=2**32 - 1, guidance_max=0, weight_decay=0.0, n_trials=1, backbone="tiny")
+    settings = resolve(seed=2**32 - 1, guidance_min=0, guidance_max=0, weight_decay=0.0, n_trials=1, backbone="tiny")
     assert (settings.seed, settings.weight_decay, settings.n_trials) == (2**32 - 1, 0.0, 1)
     assert settings.guidance_max == 0.0 and isinstance(settings.guidance_max, float)
+
+
+def test_guidance_min_above_guidance_max_is_refused():
+    with pytest.raises(ValueError, match=r"guidance_min \(2\) must not exceed guidance_max \(1\.5\)"):
+        resolve(recipe="paper", guidance_min=2, guidance_max=1.5)
 
 
 def test_steps_min_above_steps_max_is_refused():

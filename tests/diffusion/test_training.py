@@ -13,7 +13,7 @@ import torch
 from flat import VALUES, FlatModel, SmallCard, flat_contexts, flat_latents
 
 from sdgen_lib.diffusion import backbone
-from sdgen_lib.diffusion.conditions import ContextTable
+from sdgen_lib.diffusion.conditions import Condition, ContextTable
 from sdgen_lib.diffusion.training import Latents, TrainingState, fit, held_out_losses, optimizer_for
 
 OPTIONS = dict(epochs=3, batch_size=8, learning_rate=1e-3, weight_decay=0.0, clip_norm=10.0, seed=0)
@@ -163,12 +163,15 @@ def test_the_learning_rate_is_a_cosine_to_zero(rates):
 def test_weight_decay_and_clipping_reach_the_optimiser(monkeypatch):
     made, clipped, adamw = [], [], torch.optim.AdamW
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: made.append(options) or adamw(*args, **options))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda groups, **options: made.append((groups, options)) or adamw(groups, **options)
+    )
     monkeypatch.setattr(
         torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append(norm) or clip(parameters, norm)
     )
     train_flat(epochs=1, weight_decay=0.25, clip_norm=1.5)
-    assert [(options["lr"], options["weight_decay"]) for options in made] == [(1e-3, 0.25)]
+    (((group,), options),) = made
+    assert (group["first_lr"], options["weight_decay"]) == (1e-3, 0.25)
     assert set(clipped) == {1.5} and len(clipped) == 4
 
 
@@ -195,6 +198,105 @@ def test_every_epoch_sees_every_image_once_and_says_which():
         assert sorted(orders[-1]) == list(range(30)) and {seed for _, _, seed in epoch} == {5}
         assert [i % 3 for i in orders[-1]] == [label for labels, _, _ in epoch for label in labels]
     assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("images", [1, 7, 30, 45, 100])
+def test_an_epoch_may_be_shorter_or_longer_than_the_training_set(images):
+    """No image comes a second time before all have come once, over the ends of the epochs."""
+    written = Written(torch.zeros(3, 1, 4))
+    _, losses = train_flat(contexts=written, epochs=4, images_per_epoch=images, learning_rate=0.0)
+    rows = [i for _, indices, _ in written.asked for i in indices]
+    assert len(rows) == 4 * images and len(written.asked) == 4 * math.ceil(images / OPTIONS["batch_size"])
+    counts = [rows[:end].count(i) for end in range(1, len(rows) + 1) for i in range(30)]
+    per_end = [counts[k : k + 30] for k in range(0, len(counts), 30)]
+    assert all(max(seen) - min(seen) <= 1 for seen in per_end)
+    cost = (VALUES**2).mean(1)  # of an image of each class, told nothing
+    for epoch, loss in enumerate(losses):
+        seen = torch.tensor(rows[epoch * images : (epoch + 1) * images]) % 3
+        assert loss == pytest.approx(cost[seen].mean().item(), rel=1e-4)
+
+
+class Told(FlatModel):
+    """Writes down the contexts that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.contexts = []
+
+    def predict_noise(self, latents, t, condition):
+        self.contexts.append(condition.context.detach().clone())
+        return super().predict_noise(latents, t, condition)
+
+
+def test_a_share_of_the_labels_is_dropped_for_the_unconditional_context():
+    """A binomial count: 3000 images and a share of 0.2 leave it between 500 and 700 but once in 10^5 runs."""
+    model = Told()
+    train_flat(model, flat_contexts(VALUES), count=300, epochs=10, label_dropout=0.2, learning_rate=0.0)
+    dropped = [(told == 0).all(-1).flatten() for told in model.contexts]
+    assert 500 < int(torch.cat(dropped).sum()) < 700
+    assert len({tuple(flags.tolist()) for flags in dropped}) > 50  # others in each batch
+    model = Told()
+    train_flat(model, flat_contexts(VALUES), epochs=3, learning_rate=0.0)
+    assert not any((told == 0).all(-1).any() for told in model.contexts)
+
+
+def test_parts_of_a_batch_drop_the_same_labels():
+    whole, parts = Told(), Told()
+    for model, at_once in ((whole, 8), (parts, 3)):
+        train_flat(model, flat_contexts(VALUES), epochs=2, label_dropout=0.5, at_once=at_once, learning_rate=0.0)
+    assert len(parts.contexts) > len(whole.contexts)
+    assert torch.equal(torch.cat(whole.contexts), torch.cat(parts.contexts))
+
+
+class Trained(flat.Contexts):
+    """A conditioner whose unconditional context is learnt too."""
+
+    def __init__(self, contexts):
+        super().__init__(contexts)
+        self.empty = torch.nn.Parameter(torch.zeros_like(self.contexts[:1]))
+
+    def unconditional(self):
+        return Condition(self.empty)
+
+
+def test_dropped_labels_teach_the_unconditional_context_the_mean_of_all():
+    """The image that costs least, where nothing is known of it, is the mean of all images."""
+    contexts = Trained(torch.zeros(3, 1, 4))
+    train_flat(contexts=contexts, epochs=80, label_dropout=0.5, learning_rate=0.05)
+    torch.testing.assert_close(contexts.empty[0, 0].detach(), VALUES.mean(0), atol=0.1, rtol=0)
+    torch.testing.assert_close(contexts.contexts[:, 0].detach(), VALUES, atol=0.1, rtol=0)
+
+
+def test_a_parameter_may_have_a_rate_of_its_own():
+    """Adam's first step is as long as its learning rate, whatever the gradient."""
+    contexts = Trained(torch.zeros(3, 1, 4))
+    before = weights(contexts)[0]
+    options = dict(epochs=1, batch_size=30, label_dropout=0.5, learning_rate=0.01, clip_norm=1e9)
+    train_flat(contexts=contexts, own_rates={"empty": 0.3}, **options)
+    moved = {name: (value - before[name]).abs().max().item() for name, value in weights(contexts)[0].items()}
+    assert moved == pytest.approx({"contexts": 0.01, "empty": 0.3}, rel=1e-4)
+
+
+def test_rates_fall_together_and_a_resumed_training_has_them_all(monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *a, **o: (
+            seen.append({g["params"][0].shape: g["lr"] for g in self.param_groups}) or step(self, *a, **o)
+        ),
+    )
+    train, options = (
+        flat_latents(30),
+        dict(epochs=3, label_dropout=0.3, own_rates={"contexts": 0.2}, learning_rate=0.01),
+    )
+    contexts = Trained(torch.zeros(3, 1, 4))
+    unbroken = states(FlatModel(), contexts, train, contexts, **options)
+    assert all(rates[(3, 1, 4)] == pytest.approx(20 * rates[(1, 1, 4)]) for rates in seen)
+    assert [rates[(1, 1, 4)] for rates in seen] == sorted((rates[(1, 1, 4)] for rates in seen), reverse=True)
+    contexts = Trained(torch.ones(3, 1, 4))
+    again = states(FlatModel(), contexts, train, contexts, resume=unbroken[0], **options)
+    assert len(again) == 2 and same(again[-1], unbroken[-1])
 
 
 def test_the_seed_decides():
@@ -312,7 +414,7 @@ def test_an_optimiser_goes_on_from_its_saved_state(name):
 
     def new(value):
         parameter = torch.nn.Parameter(value.clone())
-        adam = optimizer_for([parameter], name, learning_rate=0.05, weight_decay=0.0)
+        adam = optimizer_for({0.05: [parameter]}, name, weight_decay=0.0)
         return TrainingState({"p": parameter}, adam, torch.amp.GradScaler("cpu", enabled=False))
 
     def steps(state, count):
@@ -333,13 +435,13 @@ def test_an_optimiser_goes_on_from_its_saved_state(name):
 
 def test_automatic_choice_of_the_optimiser():
     parameter = torch.nn.Parameter(torch.zeros(4))
-    assert type(optimizer_for([parameter], "auto", learning_rate=1.0, weight_decay=0.0)) is torch.optim.AdamW
+    assert type(optimizer_for({1.0: [parameter]}, "auto", weight_decay=0.0)) is torch.optim.AdamW
 
 
 def test_a_missing_8_bit_optimiser_gives_the_ways_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ImportError, match="pip install bitsandbytes.*finetune_method='lora'.*optimizer='adamw'"):
-        optimizer_for([torch.nn.Parameter(torch.zeros(4))], "adamw-8bit", learning_rate=1.0, weight_decay=0.0)
+        optimizer_for({1.0: [torch.nn.Parameter(torch.zeros(4))]}, "adamw-8bit", weight_decay=0.0)
 
 
 # --- several processes ---
@@ -483,5 +585,5 @@ def test_what_trains_keeps_its_digits_where_products_have_fewer(tiny_copy, conte
 def test_a_fixed_table_is_a_conditioner_too(tiny_copy):
     """The UNet learns from prompts' contexts as well as from those that a method has learnt."""
     table = ContextTable(tiny_copy.text_context(["white digit 1 on black", "red circle on blue"]), torch.zeros(8, 64))
-    epochs = list(train_tiny(tiny_copy, table, "unet", epochs=2))
-    assert epochs[1].loss < epochs[0].loss
+    losses = [epoch.loss for epoch in train_tiny(tiny_copy, table, "unet", epochs=6)]
+    assert sum(losses[3:]) < sum(losses[:3])

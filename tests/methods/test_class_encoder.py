@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdgen_lib.methods.class_encoder import ClassEncoder
+from sdgen_lib.diffusion.training import Batches
+from sdgen_lib.methods.class_encoder import ENCODER, ClassEncoder
+from sdgen_lib.store import files
+from sdgen_lib.work.fitting import checkpoint_name
 
 
 @pytest.fixture
@@ -138,3 +141,42 @@ def test_it_keeps_gradients_and_its_table_does_not(encoder):
     with torch.no_grad():
         encoder.linear.weight.zero_()
     assert table.contexts.abs().max() > 0  # what it was when the table was made
+
+
+# --- step 3 ---
+
+
+def checkpoint(course, epoch):
+    return files.load_tensors(course.run.file(course.method.finetune_step, checkpoint_name(epoch)))
+
+
+@pytest.mark.parametrize("rate", ["none", 0.05])
+def test_step_3_trains_the_class_encoder_along_or_leaves_it(small, tmp_path, rate):
+    course = small(tmp_path, finetune_encoder_learning_rate=rate)
+    course.finetune()
+    method, epoch = course.method, course.method.point("after 3").transfer_epoch
+    first, at = method.class_encoder(epoch), method.point("after 3")
+    then = method.class_encoder_at(at)
+    names = {name.removeprefix(ENCODER) for name in checkpoint(course, 2) if name.startswith(ENCODER)}
+    assert torch.equal(then.linear.weight, first.linear.weight) == (rate == "none")
+    assert names == (set() if rate == "none" else {"linear.weight", "linear.bias"})
+    for name in names:  # what is sampled with is what was kept
+        assert torch.equal(then.state_dict()[name], checkpoint(course, 2)[ENCODER + name].float())
+    assert torch.equal(method.class_encoder_at(method.point("after 2")).linear.weight, first.linear.weight)
+    contexts = course.generator("after 3").conditioner.contexts
+    assert torch.equal(contexts, then.contexts())
+    course.generator("after 3").prepare(1)  # the UNet takes its own weights alone
+    unet = course.backbone.unet.state_dict()
+    assert not any(name.startswith(ENCODER) for name in unet)
+    torch.testing.assert_close(unet["conv_in.weight"].float(), checkpoint(course, 2)["conv_in.weight"].float())
+
+
+def test_an_epoch_of_either_training_may_be_a_number_of_images(small, tmp_path, monkeypatch):
+    seen, of = [], Batches.of
+    monkeypatch.setattr(Batches, "of", lambda self, epoch: (seen.append(b := list(of(self, epoch))), iter(b))[1])
+    course = small(tmp_path, transfer_epoch_images=9, finetune_epoch_images=14)  # 6 images, batches of 4
+    course.finetune()
+    assert [sum(map(len, batches)) for batches in seen] == [9, 9, 14, 14]
+    assert [len(row) for row in (course.transfer(), course.finetune())] == [2, 2]
+    (gradient,) = [count for kind, count in course.method.transfer_step.work().items() if "gradient" in kind.kind]
+    assert gradient == 18

@@ -1,6 +1,7 @@
 """The search: its plan, that it finds what is there, prunes, goes on after a stop; and the importances."""
 
 import math
+import types
 
 import numpy as np
 import optuna
@@ -9,7 +10,18 @@ import torch
 from optuna.trial import TrialState
 
 from sdgen_lib.machine.seeds import derived
-from sdgen_lib.search.search import Space, bootstrapped_importances, importances, plan, search, trials_frame
+from sdgen_lib.search.search import (
+    Space,
+    bootstrapped_importances,
+    chosen,
+    compared_at,
+    importances,
+    plan,
+    rescore,
+    rescored_frame,
+    search,
+    trials_frame,
+)
 from sdgen_lib.search.study import FINISHED, open_study, resume_study
 from tests.search import search_worker
 from tests.search.search_worker import SPACE
@@ -345,6 +357,158 @@ def test_a_search_with_real_classifiers(tmp_path, digits):
     assert frame.test_accuracy.corr(frame.val_accuracy) > 0.9 and (frame.test_accuracy != frame.val_accuracy).any()
 
 
+# --- known points ---
+
+KNOWN = {"IS": 7, "UGS": 4.25, "epoch": 3}
+
+
+def test_a_known_point_is_tried_first_and_once(tmp_path, formula, digits):
+    run(resumed(tmp_path / "journal.log"), formula[0], digits, n_trials=2, known=[KNOWN])
+    assert resumed(tmp_path / "journal.log").trials[0].params == KNOWN
+    run(resumed(tmp_path / "journal.log"), formula[0], digits, n_trials=4, known=[KNOWN])
+    trials = resumed(tmp_path / "journal.log").trials
+    assert len(trials) == 4 and [t.params == KNOWN for t in trials] == [True, False, False, False]
+    assert trials[0].state == TrialState.COMPLETE  # the first of a study has nothing to fall behind
+
+
+def test_a_known_point_that_a_kill_left_undone_is_tried_first_again(tmp_path, formula, digits):
+    def killed(steps, guidance, epoch):
+        raise KeyboardInterrupt
+
+    whole = run(resumed(tmp_path / "whole.log"), formula[0], digits, n_trials=5, known=[KNOWN])
+    with pytest.raises(KeyboardInterrupt):
+        run(resumed(tmp_path / "killed.log"), killed, digits, n_trials=5, known=[KNOWN])
+    again = run(resumed(tmp_path / "killed.log"), formula[0], digits, n_trials=5, known=[KNOWN])
+    assert records(again) == records(whole) and records(again)[0][0] == KNOWN
+
+
+@pytest.mark.parametrize("wrong", [{"IS": 4}, {"UGS": 7.6}, {"epoch": 0}])
+def test_a_known_point_outside_the_space_is_refused(tmp_path, formula, digits, wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} of a known point is .*, and the search goes from"):
+        run(opened(tmp_path / "journal.log"), formula[0], digits, known=[KNOWN | wrong])
+
+
+def test_the_nearest_point_of_a_space():
+    assert SPACE.nearest({"IS": 50, "UGS": -1.0, "epoch": 2}) == {"IS": 20, "UGS": 0.0, "epoch": 2}
+    assert SPACE.nearest(KNOWN) == KNOWN
+
+
+def test_a_space_after_another_keeps_the_smallest_guidance():
+    space = Space((5, 20), (1.0, 3.0), (1, 4))
+    assert space.after({"IS": 12, "UGS": 2.5, "epoch": 3}, 10).UGS == (1.0, 5.0)
+    assert space.after({"IS": 12, "UGS": 1.0, "epoch": 3}, 10).UGS == (1.0, 2.0)
+
+
+# --- choosing one of the best few ---
+
+
+def hand_made(path, rows):
+    """A study in a file of complete trials (UGS, value) and pruned ones (UGS, None)."""
+    study = opened(path)
+    distributions = dict(DISTRIBUTIONS, UGS=optuna.distributions.FloatDistribution(0.0, 9.0))
+    for guidance, value in rows:
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.PRUNED if value is None else TrialState.COMPLETE,
+                value=value,
+                params={"IS": 5, "UGS": guidance, "epoch": 1},
+                distributions=distributions,
+                user_attrs={"value": value or 0.99, "val_accuracy": value or 0.99, "test_accuracy": 0.0}
+                | {"classifier_epochs": 3, "seconds": 1.0},
+            )
+        )
+    return study
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Stands for the scoring: a classifier's accuracy is UGS / 10 and a hundredth of its seed; on the test set half."""
+    calls = []
+
+    def score(training, val, tests, num_classes, *, seed, on_epoch, **options):
+        calls.append((training.images[0, 0, 0, 0].item(), seed))
+        value = calls[-1][0] / 10 + seed / 100
+        return types.SimpleNamespace(
+            val_accuracy=value, tests={name: types.SimpleNamespace(accuracy=value / 2) for name in tests}
+        )
+
+    monkeypatch.setattr("sdgen_lib.search.search.score", score)
+    return calls
+
+
+def images_like(steps, guidance, epoch):
+    return torch.full((len(search_worker.digits().train), 3, 8, 8), int(guidance), dtype=torch.uint8)
+
+
+def rescored_study(study, digits, images_of=images_like, **changes):
+    options = dict(count=3, select_on="val", classifier_seeds=[1, 2], classifier_options={"epochs": 2}) | changes
+    rescore(study, images_of, digits.train.labels, digits, **options)
+    return study
+
+
+ROWS = [(3.0, 0.9), (8.0, None), (4.0, 0.8), (5.0, 0.7), (3.0, 0.85), (7.0, 0.1)]
+
+
+def test_the_best_few_are_scored_again_and_the_best_mean_is_chosen(tmp_path, digits, scored):
+    study = hand_made(tmp_path / "journal.log", ROWS)
+    assert chosen(study).number == 0 and len(rescored_frame(study)) == 0
+    rescored_study(study, digits)
+    # neither the pruned trial, nor a point twice, nor the fourth best
+    assert sorted(scored) == [(3, 1), (3, 2), (4, 1), (4, 2), (5, 1), (5, 2)]
+    for found in (study, resumed(tmp_path / "journal.log")):
+        assert chosen(found).number == 3 and chosen(found).params["UGS"] == 5.0
+        frame = rescored_frame(found)
+        assert frame.index.tolist() == [3, 2, 0] and frame.chosen.tolist() == [True, False, False]
+        np.testing.assert_allclose(frame["mean"], [0.515, 0.415, 0.315])
+        np.testing.assert_allclose(frame["standard error"], np.std([0.01, 0.02], ddof=1) / np.sqrt(2))
+        assert frame["first value"].tolist() == [0.7, 0.8, 0.9] and frame.classifiers.eq(2).all()
+        assert trials_frame(found).index[trials_frame(found).chosen].tolist() == [3]
+
+
+def test_a_killed_rescoring_goes_on(tmp_path, digits, scored):
+    drawn = []
+
+    def dies(steps, guidance, epoch):
+        drawn.append(guidance)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return images_like(steps, guidance, epoch)
+
+    hand_made(tmp_path / "journal.log", ROWS)
+    with pytest.raises(KeyboardInterrupt):
+        rescored_study(resumed(tmp_path / "journal.log"), digits, dies)
+    study = rescored_study(resumed(tmp_path / "journal.log"), digits, dies)
+    assert drawn == [3.0, 4.0, 4.0, 5.0] and len(scored) == 6
+    assert chosen(study).number == 3
+
+
+def test_rescoring_on_the_test_set_is_the_released_codes_choice(tmp_path, digits, scored):
+    study = rescored_study(hand_made(tmp_path / "journal.log", ROWS), digits, select_on="test")
+    np.testing.assert_allclose(rescored_frame(study)["mean"], [0.2575, 0.2075, 0.1575])
+
+
+def test_one_classifier_has_no_standard_error(tmp_path, digits, scored):
+    study = rescored_study(hand_made(tmp_path / "journal.log", ROWS), digits, classifier_seeds=[7], count=1)
+    assert rescored_frame(study)["standard error"].isna().all() and chosen(study).number == 0
+
+
+def test_real_classifiers_score_the_best_few(tmp_path, digits):
+    """Real digits against noise: what the first values got wrong, the rescoring mends."""
+    random = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, digits.train.images.shape, generator=random, dtype=torch.uint8)
+    study = hand_made(tmp_path / "journal.log", [(1.0, 0.9), (2.0, 0.8)])
+    options = dict(width=8, epochs=8, batch_size=16, learning_rate=3e-3, plateau_patience=9, stop_patience=9)
+    rescored_study(
+        study,
+        digits,
+        lambda steps, guidance, epoch: noise if guidance == 1.0 else digits.train.images,
+        classifier_options=options,
+    )
+    frame = rescored_frame(study)
+    assert chosen(study).params["UGS"] == 2.0 and frame["mean"][1] > 0.5 > frame["mean"][0]
+
+
 # --- trials and importances ---
 
 DISTRIBUTIONS = {
@@ -368,6 +532,7 @@ def study_of():
                 params={"IS": steps, "UGS": guidance, "epoch": epoch},
                 distributions=distributions,
                 user_attrs={**facts, "classifier_epochs": 3 if pruned else 9, "seconds": 1.5},
+                intermediate_values=dict.fromkeys(range(1, 4 if pruned else 10), value),
             )
             study.add_trial(trial)
         return study
@@ -384,8 +549,10 @@ def test_trials_frame(study_of):
     frame = trials_frame(study_of([(10, 0.5, 1, 0.8, False), (20, 0.25, 2, 0.3, True)]))
     assert frame.index.name == "trial" and frame.index.tolist() == [0, 1]
     accuracies = {"value": 0.3, "val_accuracy": 0.3, "test_accuracy": 0.15}
-    rest = {"pruned": True, "classifier_epochs": 3, "seconds": 1.5}
+    rest = {"pruned": True, "classifier_epochs": 3, "seconds": 1.5, "chosen": False}
     assert frame.loc[1].to_dict() == {"IS": 20, "UGS": 0.25, "epoch": 2, **accuracies, **rest}
+    assert frame.chosen.tolist() == [True, False]
+    assert not trials_frame(study_of([(20, 0.25, 2, 0.3, True)])).chosen.any()
 
 
 def random_rows(value, count=300, prune=0):
@@ -402,6 +569,28 @@ def test_importances_of_a_sum(study_of, prune):
     assert list(found.index) == ["IS", "UGS", "epoch"] and found.name == "by hand"
     assert found.sum() == pytest.approx(1)
     assert found.to_dict() == pytest.approx({"IS": 0.1, "UGS": 0.9, "epoch": 0.0}, abs=0.05)
+
+
+def test_pruned_trials_are_compared_at_an_epoch_that_all_reached(study_of):
+    """UGS decides the first epochs alone, IS what comes after; no pruned trial got there."""
+    study = study_of([])
+    for k, (steps, guidance, epoch, _, _) in enumerate(random_rows(lambda a, b, c: 0, count=80)):
+        early, late, pruned = guidance, (steps - 1) / 100, k % 2 == 0
+        values = {1: early / 2, 2: early} | ({} if pruned else {3: late})
+        trial = optuna.trial.create_trial(
+            state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+            value=None if pruned else late,
+            params={"IS": steps, "UGS": guidance, "epoch": epoch},
+            distributions=DISTRIBUTIONS,
+            user_attrs={"value": early if pruned else late},
+            intermediate_values=values,
+        )
+        study.add_trial(trial)
+    trials = study.get_trials(deepcopy=False)
+    assert compared_at(trials) == 2 and compared_at([t for t in trials if t.state == TrialState.COMPLETE]) is None
+    assert importances(study)["UGS"] > 0.9
+    alone = bootstrapped_importances(study, pruned=False, repeats=2)
+    assert alone.importance["IS"] > 0.9 and alone.trials.eq(40).all()
 
 
 def test_importances_repeat_themselves(study_of):
