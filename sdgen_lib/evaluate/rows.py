@@ -71,8 +71,10 @@ def row_step(
         scored = scores(ws, s, found.images, tests, options, name)
         predicted = {test: torch.stack([r.tests[test].predicted for r in scored]) for test in tests}
         files.save_tensors(folder / PREDICTED, predicted)
-        largest = int(ws.data.test.labels.bincount().max()) / len(ws.data.test)
-        return {**found.facts, "num_images": num_images, "largest_class": largest, **accuracies(scored)}
+        n, classes = len(ws.data.test), ws.data.num_classes
+        largest = int(ws.data.test.labels.bincount().max()) / n
+        known = {"num_images": num_images, "num_test": n, "num_classes": classes, "largest_class": largest}
+        return {**found.facts, **known, **accuracies(scored)}
 
     def work() -> Work:
         s = ws.settings
@@ -128,7 +130,8 @@ def scores(
 def accuracies(found: list[Result]) -> dict[str, Any]:
     """A row's numbers as fractions, a list with one entry a classifier seed: what the tables are made of.
 
-    Beside them a row has "largest_class", the accuracy of the answer "always the largest class".
+    Beside them a row has "largest_class", the accuracy of the answer "always the largest class", "num_test", the number
+    of test images, and "num_classes".
 
     "test", "balanced_test" and "per_class" are of the data's own test images; "tests" has the other named sets.
     """

@@ -170,7 +170,7 @@ def search(
 
 
 def _queue(study: optuna.Study, known: Sequence[dict[str, float]]) -> None:
-    """Queues each point of which there is no trial, or only failed ones (which Optuna's `skip_if_exists` would skip)."""
+    """Queues each point of which there is no trial, or only failed ones (Optuna's `skip_if_exists` skips those too)."""
     for point in known:
         trials = study.get_trials(deepcopy=False)
         if all(t.state == TrialState.FAIL or t.system_attrs.get(QUEUED, t.params) != point for t in trials):
@@ -338,7 +338,7 @@ def _best_few(study: optuna.Study, count: int | None = None) -> list[FrozenTrial
     return list(points.values())[:count]
 
 
-def rescored(study: optuna.Study) -> dict[int, list[float]]:
+def rescored_values(study: optuna.Study) -> dict[int, list[float]]:
     """What the classifiers of each rescored trial reached, by its number; the trial with the best first value first.
 
     Kept in the study by the point, since a copy of the study may number its trials otherwise.
@@ -354,7 +354,7 @@ def chosen(study: optuna.Study) -> FrozenTrial:
     """
     if not (complete := _best_few(study)):
         raise ValueError(f"No trial of {study.study_name} is complete: raise n_trials, or search without pruning.")
-    if not (values := rescored(study)):
+    if not (values := rescored_values(study)):
         return complete[0]
     number = max(values, key=lambda number: np.mean(values[number]))
     return next(trial for trial in complete if trial.number == number)
@@ -366,7 +366,7 @@ def rescored_frame(study: optuna.Study) -> pd.DataFrame:
     The point; "first value", the objective that the trial was picked for; "mean" and "standard error" of its several
     classifiers, all trained on one set of images; "classifiers", how many; "chosen". Accuracies as fractions.
     """
-    trials, values = study.get_trials(deepcopy=False), rescored(study)
+    trials, values = study.get_trials(deepcopy=False), rescored_values(study)
     rows = [
         {
             "trial": number,
@@ -400,9 +400,10 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
     """One row per finished trial, index ``trial``: parameters, accuracies (0..1), whether pruned, epochs, seconds.
 
     A pruned trial's accuracies are those of a classifier trained for fewer epochs: not to be compared with the others'.
-    "rescored" and "rescored_sd" are mean and standard deviation of what `rescore` found; NaN where it did nothing.
+    "chosen": whether it is the trial that the search ends with (`chosen`). "rescored" and "rescored_sd": mean and
+    standard deviation of what `rescore` found; NaN where it did nothing.
     """
-    noted, values = ("val_accuracy", "test_accuracy", "classifier_epochs", "seconds"), rescored(study)
+    noted, values = ("val_accuracy", "test_accuracy", "classifier_epochs", "seconds"), rescored_values(study)
     rows = [
         {
             "trial": t.number,
@@ -417,7 +418,9 @@ def trials_frame(study: optuna.Study) -> pd.DataFrame:
     ]
     accuracies = ["value", "val_accuracy", "test_accuracy"]
     rest = ["pruned", "classifier_epochs", "seconds", "rescored", "rescored_sd"]
-    return pd.DataFrame(rows, columns=["trial", *PARAMETERS, *accuracies, *rest]).set_index("trial")
+    frame = pd.DataFrame(rows, columns=["trial", *PARAMETERS, *accuracies, *rest]).set_index("trial")
+    any_complete = not frame.pruned.astype(bool).all()
+    return frame.assign(chosen=frame.index == chosen(study).number if any_complete else False)
 
 
 @dataclasses.dataclass(frozen=True)

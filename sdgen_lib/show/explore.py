@@ -17,10 +17,10 @@ from ..diffusion.conditions import Condition, Conditioner
 from ..diffusion.generate import balanced_labels
 from ..diffusion.samplers import SAMPLERS, guided_noise, inference_timesteps
 from ..machine.seeds import image_noise
-from ..search.search import trials_frame
+from ..search.search import chosen, trials_frame
 from ..search.study import FINISHED, open_study
 from . import figures
-from .search_figures import PANELS, best_trial, trials_by_parameter
+from .search_figures import PANELS, best_trial, heights, is_pruned, trials_by_parameter
 from .widgets import Clickable, Explorer, Words, picker, picture, show
 
 JOURNAL = "journal.log"  # where a search of one process keeps its trials, in its step's folder
@@ -34,14 +34,16 @@ MANY = 10  # images shown at once
 class GuidanceExplorer(Explorer):
     """Sliders for IS and UGS and a class picker: the same starting noises, redrawn at once.
 
-    What is told to the UNet is that of the best trial of ``study`` (step 2); below the pictures stands the accuracy of
-    the trial nearest to the sliders. ``steps``, ``scale`` and ``who`` are the three controls.
+    What is told to the UNet is that of the chosen trial of ``study`` (step 2); below the pictures stands the accuracy
+    of the complete trial nearest to the sliders. Where all were pruned, they stand in, and it is said.
+    ``steps``, ``scale`` and ``who`` are the three controls.
     """
 
     def __init__(self, course: Course, study: optuna.Study):
         s, names = course.settings, course.data.class_names
-        self.course, self.frame = course, trials_frame(study)
-        best = best_trial(self.frame)
+        self.course, frame = course, trials_frame(study)
+        best, complete = best_trial(frame), frame[~is_pruned(frame)]
+        self.frame = complete if len(complete) else frame
         self.epoch, most, ugs = int(best.epoch), max(s.steps_max, int(best.IS)), round(float(best.UGS), 1)
         how = {"continuous_update": False}  # a drawing takes its time
         self.steps = ipywidgets.IntSlider(value=int(best.IS), min=1, max=most, description="IS", **how)
@@ -55,7 +57,7 @@ class GuidanceExplorer(Explorer):
         super().__init__(
             ipywidgets.VBox([ipywidgets.HBox(controls), self.image, self.words]),
             self._draw,
-            "Images of the best trial; sliders for IS and UGS in a live notebook",
+            "Images of the chosen trial; sliders for IS and UGS in a live notebook",
         )
 
     def _draw(self) -> Figure:
@@ -65,11 +67,12 @@ class GuidanceExplorer(Explorer):
         images = self.course.draw(Point(*where, self.epoch), labels, "explorer")
         seconds = time.perf_counter() - start
         near = nearest_trial(self.frame, dict(zip(("IS", "UGS"), where)))
+        when = " when it was pruned" if near.pruned else ""
         self.words.say(
             f"drawn in {seconds:.2f} s | nearest trial, number {near.name}: IS {near.IS:.0f}, UGS {near.UGS:.2f}, "
-            f"CAS {near.value:.1%}" + (" when it was pruned" if near.pruned else "")
+            f"CAS {near.value:.1%}{when}"
         )
-        title = f"IS {where[0]}, UGS {where[1]:.1f}; CAS of the nearest trial {near.value:.1%}"
+        title = f"IS {where[0]}, UGS {where[1]:.1f}; CAS of the nearest trial {near.value:.1%}{when}"
         return figures.image_grid([images], [""], [names[i] for i in labels], scale=0.95, title=title)
 
 
@@ -238,23 +241,20 @@ class SearchExplorer(Explorer):
         columns = [names[i] for i in labels[:half]]
         show(self.image, figures.image_grid([images[:half], images[half:]], ["", ""], columns))
         self.chosen = trial
-        self.words.say(
-            f"trial {trial}: IS {row.IS:.0f}, UGS {row.UGS:.2f}, epoch {row.epoch:.0f}, CAS {row.value:.1%}"
-            + (f", pruned after {row.classifier_epochs:.0f} epochs" if row.pruned else "")
-        )
+        self.words.say(f"trial {trial}: IS {row.IS:.0f}, UGS {row.UGS:.2f}, epoch {row.epoch:.0f}, {_reached(row)}")
         self.update(self.study)
 
     def _point(self, row: pd.Series) -> Point:
         steps, guidance, epoch = int(row.IS), float(row.UGS), int(row.epoch)
         if self.step == 2:
             return Point(steps, guidance, epoch)
-        return Point(steps, guidance, self.course.tune().best_params["epoch"], epoch)
+        return Point(steps, guidance, chosen(self.course.tune()).params["epoch"], epoch)
 
     def _figure(self) -> tuple[Figure, list]:
         figure = trials_by_parameter(self.frame, self.chosen)
-        spots = []
+        at, spots = self.frame.assign(value=heights(self.frame)), []
         for ax, (x, y) in zip(figure.axes, PANELS):
-            spots += [(ax, row[x], row[y], f"trial {row.name}: {row.value:.1%}") for _, row in self.frame.iterrows()]
+            spots += [(ax, at[x][n], at[y][n], f"trial {n}: {_reached(row)}") for n, row in self.frame.iterrows()]
         return figure, spots
 
     def _still(self) -> Figure:
@@ -264,3 +264,10 @@ class SearchExplorer(Explorer):
             ax.axis("off")
             return figure
         return self._figure()[0]
+
+
+def _reached(row: pd.Series) -> str:
+    """What is said of a trial: the accuracy of a pruned one never without the epochs that it had."""
+    if row.pruned:
+        return f"pruned after {row.classifier_epochs:.0f} epochs, at {row.value:.1%}"
+    return f"CAS {row.value:.1%}" + ("" if np.isnan(row.rescored) else f", drawn anew {row.rescored:.1%}")

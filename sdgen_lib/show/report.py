@@ -12,7 +12,7 @@ from typing import Any
 from ..config.settings import unlike_recipe
 from ..store.run import Result, default_runs_dir, is_of_older_version, results, settings_used, upstream
 from .names import printable
-from .tables import cas_table, scaling_table
+from .tables import cas_table, scaling_table, taught_too_little
 
 TABLES = {1: cas_table, 2: scaling_table}
 FACTS = {1: ("test", "num_images", "point", "seconds"), 2: ("test", "num_images")}  # what the tables read of a row
@@ -88,7 +88,8 @@ def tables_of(run_folder: Path, title: str) -> str:
             if heading in texts:  # the data or the model's files were others
                 heading += f" (finished {rows[-1].result.record['finished']})"
             facts = {row.name: row.result.facts for row in sorted(rows, key=_place)}
-            texts[heading] = table(facts, rows[0].result.record["run"].get("dataset", "")).to_string()
+            shown = table(facts, rows[0].result.record["run"].get("dataset", "")).to_string()
+            texts[heading] = "\n".join([shown, *taught_too_little(facts)])
     lines = "\n".join(f"\n{heading}\n{text}" for heading, text in texts.items()).split("\n")
     return "\n".join(map(printable, lines))  # a terminal obeys what it is shown
 

@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..config import paper
-from ..search.search import PARAMETERS, rescored_frame, trials_frame
+from ..search.search import FEWEST, PARAMETERS, Compared, compared, rescored_frame, trials_frame
 from .figures import BLUE, GREY, ORANGE, PINK, new_axes, percent_axis
 
 LABELS = {"IS": "IS (inference steps)", "UGS": "UGS (guidance scale)", "epoch": "epoch of the checkpoint"}
 PANELS = (("IS", "UGS"), ("epoch", "value"))  # of `trials_by_parameter`, (x, y) each
 KINDS = {False: (BLUE, "o", "complete"), True: (GREY, "X", "pruned")}  # of trials: told apart in grey, too
+PRUNED_LABEL = "pruned: no accuracy to compare"  # where the axis is one of accuracies
 GRID = 80  # points of a contour, each way
 RING = {"s": 220, "facecolor": "none", "edgecolor": ORANGE, "linewidth": 2}  # around a trial
 
@@ -44,43 +45,68 @@ def loss_curve(history: pd.DataFrame, title: str) -> Figure:
 # --- trials ---
 
 
+def is_pruned(frame: pd.DataFrame) -> pd.Series:
+    """Whether each row of `trials_frame` was pruned: bool, also where there is no row."""
+    return frame.pruned.astype(bool)
+
+
+def heights(frame: pd.DataFrame) -> pd.Series:
+    """Where each row of `trials_frame` stands on an axis of accuracies: a pruned one on a line below all complete ones.
+
+    A pruned trial's accuracy is that of fewer classifier epochs: among those of complete ones it would mislead.
+    """
+    complete = frame.value.astype(float).where(~is_pruned(frame))
+    if complete.isna().all():
+        return complete.fillna(0.0)
+    return complete.fillna(complete.min() - max(0.15 * (complete.max() - complete.min()), 0.01))
+
+
+def _points(ax: Axes, x: pd.Series, y: pd.Series, pruned: pd.Series, size: int, label: str = PRUNED_LABEL) -> None:
+    """Draws trials without their accuracies: complete ones as blue dots, pruned ones as grey crosses."""
+    for kind, (colour, marker, name) in KINDS.items():
+        at = pruned == kind
+        ax.scatter(x[at], y[at], color=colour, marker=marker, s=size, label=label if kind else name)
+
+
 def _coloured(ax: Axes, frame: pd.DataFrame, x: str, y: str, least_span: float) -> ScalarMappable:
     """Draws each trial as a point, the complete ones coloured by accuracy; returns the scale, in percent.
 
     A pruned trial is a grey cross: its accuracy is that of a shorter training. ``least_span``: the scale spans at least
     so many percent, also where all trials scored alike.
     """
-    complete = frame[~frame.pruned.astype(bool)]
-    low = 100 * complete.value.min() if len(complete) else 0.0
-    high = max(100 * complete.value.max() if len(complete) else 0.0, low + least_span)
+    pruned, at = is_pruned(frame), frame.assign(value=heights(frame))
+    values = 100 * frame.value[~pruned].astype(float)
+    low = values.min() if len(values) else 0.0
+    high = max(values.max() if len(values) else 0.0, low + least_span)
     scale = ScalarMappable(plt.Normalize(low, high), "viridis")
-    for pruned, (colour, marker, label) in KINDS.items():
-        part = frame[frame.pruned == pruned]
+    for kind, (colour, marker, label) in KINDS.items():
+        part = at[pruned == kind]
         if len(part):
-            look = {"color": colour} if pruned else {"c": 100 * part.value, "norm": scale.norm, "cmap": scale.cmap}
+            look = {"color": colour} if kind else {"c": values, "norm": scale.norm, "cmap": scale.cmap}
             ax.scatter(part[x], part[y], marker=marker, s=70, edgecolor="white", label=label, **look)
     return scale
 
 
 def trials(study: optuna.Study, title: str = "") -> Figure:
-    """Each trial as a point: IS against UGS, coloured by accuracy (pruned ones as crosses), and the best so far.
+    """Each trial as a point: IS against UGS, coloured by accuracy (pruned ones as grey crosses), and the best so far.
 
-    It also draws a search that has no finished trial yet, or only pruned ones: then there is no best.
+    A ring is around the trial that the search would end with now (`search.chosen`).
+    It also draws a search that has no finished trial yet, or only pruned ones: then there is no such trial.
     """
-    frame = trials_frame(study).astype({"pruned": bool})
-    complete = frame.value.where(~frame.pruned).astype(float)
+    frame = trials_frame(study)
+    pruned = is_pruned(frame)
+    complete = frame.value.where(~pruned).astype(float)
     figure, (left, right) = new_axes(1, 2, size=(9.2, 3.4))
     scale = _coloured(left, frame, "IS", "UGS", least_span=1e-4)
     figure.colorbar(scale, ax=left, label="accuracy on real images (%)")
+    order = pd.Series(range(1, len(frame) + 1), index=frame.index)
+    _points(right, order, heights(frame), pruned, size=25)
+    right.step(order, complete.cummax().ffill(), where="post", color=ORANGE, label="best so far")
     if complete.notna().any():
         best = best_trial(frame)
         left.scatter([best.IS], [best.UGS], label="chosen", **RING)
+        right.scatter([order[best.name]], [best.value], **RING)
     left.set(xlabel=LABELS["IS"], ylabel=LABELS["UGS"])
-    for pruned, (colour, marker, label) in KINDS.items():
-        at = np.flatnonzero(frame.pruned == pruned)
-        right.scatter(at + 1, frame.value.iloc[at], color=colour, marker=marker, s=25, label=label)
-    best_so_far = complete.cummax().ffill()
-    right.step(range(1, len(frame) + 1), best_so_far, where="post", color=ORANGE, label="best so far")
     right.set(xlabel="trial", ylabel="accuracy on real images")
     for ax in (left, right):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -93,9 +119,10 @@ def trials(study: optuna.Study, title: str = "") -> Figure:
 
 
 def rescored(study: optuna.Study) -> Figure:
-    """What the best few trials were picked for, and what several classifiers on images drawn anew say of them.
+    """How far the first value of each rescored trial was luck: beside it the mean of its classifiers on other noise.
 
-    A first value far above the mean was luck. Raises ValueError where no trial was rescored.
+    The bar over a mean is its standard error: of the classifiers, not of the drawn set. The first values stand above
+    the means on average, since the trials were picked for them. Raises ValueError where no trial was rescored.
     """
     frame = rescored_frame(study)
     if not len(frame):
@@ -119,17 +146,25 @@ def rescored(study: optuna.Study) -> Figure:
     ax.invert_yaxis()
     ax.set(xlabel="accuracy on real images")
     ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    luck = 100 * (frame["first value"] - frame["mean"]).mean()
+    side = "above" if luck >= 0 else "below"
+    ax.set_title(f"the first values lie {abs(luck):.1f} points {side} the means, on average", fontsize=9)
+    ax.margins(y=0.2)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 def trials_by_parameter(frame: pd.DataFrame, chosen: int | None = None) -> Figure:
-    """All four numbers of each trial (rows of `trials_frame`): IS and UGS, epoch and CAS; ``chosen`` is ringed."""
+    """All four numbers of each trial (rows of `trials_frame`): IS and UGS, epoch and CAS; ``chosen`` is ringed.
+
+    A pruned trial has no CAS: it lies on a line below, see `heights`.
+    """
+    at = frame.assign(value=heights(frame))
     figure, axes = new_axes(1, 2, size=(9.2, 3.4))
     for ax, (x, y) in zip(axes, PANELS):
         scale = _coloured(ax, frame, x, y, least_span=1)
         if chosen is not None:
-            ax.scatter(frame.loc[chosen, x], frame.loc[chosen, y], **RING)
+            ax.scatter(at.loc[chosen, x], at.loc[chosen, y], **RING)
         ax.set(xlabel=LABELS[x], ylabel=LABELS.get(y, "CAS (real images of the search)"))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(fontsize=8)
@@ -139,42 +174,43 @@ def trials_by_parameter(frame: pd.DataFrame, chosen: int | None = None) -> Figur
 
 
 def slices(study: optuna.Study) -> Figure:
-    """Accuracy against each parameter on its own: where the good trials lie."""
+    """Accuracy against each parameter on its own: where the good trials lie. Pruned ones stand on a line below them."""
     frame = trials_frame(study)
     figure, axes = new_axes(1, 3, size=(9.6, 3.0))
     for ax, name in zip(axes, PARAMETERS):
-        for pruned, (colour, marker, label) in KINDS.items():
-            part = frame[frame.pruned == pruned]
-            ax.scatter(part[name], part.value, color=colour, marker=marker, s=30, alpha=0.8, label=label)
+        _points(ax, frame[name], heights(frame), is_pruned(frame), size=30)
         ax.set(xlabel=LABELS[name])
         if name != "UGS":
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         percent_axis(ax)
     axes[0].set_ylabel("accuracy on real images")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
-def contour(study: optuna.Study, x: str = "IS", y: str = "UGS") -> Figure:
-    """Accuracy over two parameters as a random forest expects it, where the third is the best trial's.
+def contour(study: optuna.Study, x: str = "IS", y: str = "UGS", *, pruned: bool | None = None) -> Figure:
+    """Accuracy over two parameters as a random forest expects it, where the third is the chosen trial's.
 
-    The forest (as fANOVA's, of 64 trees) learns from all trials and is told how many classifier epochs each one had, so
-    that pruned trials are no valleys; it is asked for whole trials. The points are the trials, at whatever third value.
-    Without a complete trial, or where all scored alike, only these are drawn.
+    The forest (as fANOVA's, of 64 trees) learns from trials that can be compared; ``pruned`` as in `search.compared`.
+    The title says from which. The points are all trials, at whatever third value: far from those that it learnt from,
+    the forest knows nothing. Without a complete trial, or where all scored alike, only the points are drawn.
     """
-    frame = trials_frame(study).astype({"pruned": bool})
+    frame = trials_frame(study)
+    stopped = is_pruned(frame)
     figure, ax = new_axes(size=(5.6, 3.8))
-    enough = len(frame) >= 4 and frame[x].nunique() > 1 and frame[y].nunique() > 1
-    best = best_trial(frame) if len(frame) else None
-    if enough and not best.pruned and np.ptp(frame.value) > 1e-3:  # else there is no landscape, only rounding
-        across, up = (np.linspace(frame[name].min(), frame[name].max(), GRID) for name in (x, y))
-        expected = 100 * _expected(frame, best, {x: across, y: up})
-        filled = ax.pcolormesh(across, up, expected, shading="nearest", cmap="viridis")
-        figure.colorbar(filled, ax=ax, label="expected accuracy on real images (%)")
-        (third,) = set(PARAMETERS) - {x, y}
-        ax.set_title(f"a random forest's expectation at {third} {best[third]:.4g}", fontsize=9)
-    for pruned, (_, marker, label) in KINDS.items():
-        part = frame[frame.pruned == pruned]
+    if not stopped.all():
+        found, third = compared(study, pruned), next(name for name in PARAMETERS if name not in (x, y))
+        known = pd.DataFrame([t.params for t in found.trials], columns=list(PARAMETERS))
+        varied = len(known) >= FEWEST and known[x].nunique() > 1 and known[y].nunique() > 1
+        if varied and np.ptp(found.values) > 1e-3:  # else there is no landscape, only rounding
+            across, up = (np.linspace(frame[name].min(), frame[name].max(), GRID) for name in (x, y))
+            level = best_trial(frame)[third]
+            expected = 100 * _expected(known, found, {x: across, y: up, third: np.array([level])})
+            filled = ax.pcolormesh(across, up, expected, shading="nearest", cmap="viridis")
+            figure.colorbar(filled, ax=ax, label="expected accuracy on real images (%)")
+            ax.set_title(f"a random forest's expectation at {third} {level:.4g},\nfrom {found.said}", fontsize=9)
+    for kind, (_, marker, label) in KINDS.items():
+        part = frame[stopped == kind]
         ax.scatter(part[x], part[y], color="white", edgecolor="black", s=30, marker=marker, label=label)
     ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
     for name, axis in ((x, ax.xaxis), (y, ax.yaxis)):
@@ -191,16 +227,13 @@ def best_trial(frame: pd.DataFrame) -> pd.Series:
     return frame.loc[frame.chosen.idxmax() if frame.chosen.any() else frame.value.astype(float).idxmax()]
 
 
-def _expected(frame: pd.DataFrame, best: pd.Series, grid: dict[str, np.ndarray]) -> np.ndarray:
-    """What a forest expects of whole trials on a grid {x: (X,), y: (Y,)}, all else as the best one's: (Y, X)."""
+def _expected(known: pd.DataFrame, found: Compared, grid: dict[str, np.ndarray]) -> np.ndarray:
+    """What a forest expects on a grid {x: (X,), y: (Y,), third: (1,)}: (Y, X)."""
     from sklearn.ensemble import RandomForestRegressor  # a second, which the other figures need not wait for
 
-    told = [*PARAMETERS, "classifier_epochs"]
-    forest = RandomForestRegressor(n_estimators=64, random_state=0).fit(frame[told], frame.value)
-    points = pd.DataFrame({name: np.full(GRID * GRID, float(best[name])) for name in told})
-    for name, values in zip(grid, np.meshgrid(*grid.values())):
-        points[name] = values.ravel()
-    return forest.predict(points).reshape(GRID, GRID)
+    forest = RandomForestRegressor(n_estimators=64, random_state=0).fit(known, found.values)
+    points = {name: values.ravel() for name, values in zip(grid, np.meshgrid(*grid.values()))}
+    return forest.predict(pd.DataFrame(points)[list(known)]).reshape(GRID, GRID)
 
 
 def importance_bars(

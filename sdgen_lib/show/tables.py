@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.special import stdtrit  # Student's quantile; scikit-learn brings scipy
 
 from ..config import paper
 from ..config.settings import resolve
@@ -15,9 +17,8 @@ from ..course import Course
 from ..evaluate.scaling import REAL, scaling_work
 from ..methods.class_encoder import ClassEncoderMethod
 from ..work import cost
-from .figures import BLUE, GREEN, GREY, ORANGE, new_axes, percent_axis
+from .figures import BLUE, GREEN, GREY, ORANGE, PINK, new_axes, percent_axis
 
-APART = 0.01  # where accuracy and balanced accuracy differ by so much, a table holds both
 Rows = Mapping[str, Mapping[str, Any]]  # of a table, by name: facts as `evaluate.rows.accuracies` has them, and more
 
 
@@ -63,14 +64,62 @@ def scaling_table(rows: Rows, dataset: str) -> pd.DataFrame:
 
 
 def _accuracies(rows: Rows, what: str) -> dict[str, dict[str, str]]:
-    """Each row's accuracy on real test images; where the classes' sizes matter, what else has to be known of it."""
-    found = {name: {what: percent(row["test"])} for name, row in rows.items()}
-    balanced = {name: row["balanced_test"] for name, row in rows.items() if "balanced_test" in row}
-    if any(abs(np.mean(values) - np.mean(rows[name]["test"])) >= APART for name, values in balanced.items()):
-        for name, values in balanced.items():
-            found[name][f"balanced {what}"] = percent(values)
-            found[name]["always the largest class %"] = percent([rows[name]["largest_class"]])
+    """Each row's accuracy on real test images, and what has to be known to judge it."""
+    found: dict[str, dict[str, str]] = {}
+    for name, row in rows.items():
+        found[name] = {what: percent(row["test"])}
+        if "num_test" in row:
+            error = standard_error(np.mean(row["test"]), row["num_test"])
+            found[name]["standard error by the test images"] = f"{100 * error:.1f}"
+        if "balanced_test" in row:
+            found[name][f"balanced {what}"] = percent(row["balanced_test"])
+        if "largest_class" in row:
+            found[name]["always the largest class %"] = percent([row["largest_class"]])
     return found
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of an accuracy of ``share`` (0..1) on ``count`` test images: what another choice of these would change.
+
+    Of a binomial, at the share that Agresti and Coull (1998) take, which is never 0 or 1.
+    """
+    near = (share * count + 2) / (count + 4)
+    return float(np.sqrt(near * (1 - near) / (count + 4)))
+
+
+def compared(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float, str]:
+    """How far two rows lie apart, by pairs of classifiers of equal seeds: (mean, low, high, verdict), in points.
+
+    ``values``, ``others``: accuracies, as fractions, of as many classifiers. From low to high is the 95 % interval of
+    the mean, Student's; it covers the classifiers' random starts alone. A single pair has none: NaN. The verdict is
+    "better" or "worse" where the interval leaves 0 out, "no difference is shown" where it does not.
+    """
+    pairs = 100 * np.subtract(values, others)
+    mean = float(pairs.mean())
+    if len(pairs) < 2:
+        return mean, float("nan"), float("nan"), "a single pair cannot tell"
+    reach = float(stdtrit(len(pairs) - 1, 0.975) * pairs.std(ddof=1) / np.sqrt(len(pairs)))
+    verdict = "better" if mean > reach else "worse" if mean < -reach else "no difference is shown"
+    return mean, mean - reach, mean + reach, verdict
+
+
+def taught_too_little(rows: Rows) -> list[str]:
+    """A sentence for each row whose classifiers are no better than an answer that looks at no image."""
+    said = []
+    for name, row in rows.items():
+        mean, largest = np.mean(row["test"]), row.get("largest_class", 0)
+        if mean < largest:
+            said.append(
+                f"{name}: {mean:.1%} is below the {largest:.1%} of always answering the largest class. These images "
+                "taught the classifiers less than that."
+            )
+        chance = 1 / row["num_classes"] if "num_classes" in row else 0
+        balanced = row.get("balanced_test", [1.0])
+        if np.mean(balanced) - (np.std(balanced, ddof=1) if len(balanced) > 1 else 0) <= chance:
+            said.append(
+                f"{name}: the balanced accuracy, {np.mean(balanced):.1%}, is no better than chance, {chance:.1%}."
+            )
+    return said
 
 
 def _how_drawn(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,42 +142,58 @@ def _with_published(table: pd.DataFrame, dataset: str, published: pd.DataFrame, 
 
 
 def steps_figure(course: Course) -> Figure:
-    """CAS after each step, a dot for every classifier, with chance level.
+    """CAS after each step, a dot for every classifier, with chance and the answer "always the largest class".
 
     Raises ValueError without a row of table 1.
     """
     rows = _made(course, 1)
-    figure, ax = new_axes(size=(6.4, 3.4))
+    figure, ax = new_axes(size=(7.4, 3.4))
     names = sorted(rows)
-    ax.plot(names, [np.mean(rows[n]["test"]) for n in names], "-o", color=BLUE, label="mean")
-    for name in names:
-        dots = ax.scatter([name] * len(rows[name]["test"]), rows[name]["test"], color=ORANGE, s=18, zorder=3)
-    dots.set_label("each classifier")
+    _dots(ax, {name: rows[name]["test"] for name in names}, "generated images")
     ax.axhline(1 / course.data.num_classes, color=GREY, linestyle=":", label="chance")
-    ax.set(ylabel="CAS (real test images)", ylim=(0, 1))
-    ax.legend()
-    percent_axis(ax)
+    ax.set(ylabel="CAS (real test images)")
+    _finished(ax, rows)
     return figure
 
 
+def _dots(ax: Axes, values: Mapping[str, Sequence[float]], what: str) -> None:
+    """A dot for each classifier, and mean and standard deviation of each row beside them."""
+    names = list(values)
+    for name in names:
+        dots = ax.scatter([name] * len(values[name]), values[name], color=ORANGE, s=18, zorder=3)
+    if names:
+        dots.set_label("each classifier")
+    means = [np.mean(values[name]) for name in names]
+    spreads = [np.std(values[name], ddof=1) if len(values[name]) > 1 else 0.0 for name in names]
+    label = f"{what}: mean" + (" ± standard deviation" if any(len(v) > 1 for v in values.values()) else "")
+    at = np.arange(len(names)) + 0.12  # beside the dots, which it would cover
+    ax.errorbar(at, means, yerr=spreads, fmt="o", color=BLUE, capsize=4, label=label)
+
+
+def _finished(ax: Axes, rows: Rows) -> None:
+    """The line of the largest class, a legend beside the axes, and percent on the vertical one."""
+    if largest := max((row.get("largest_class", 0) for row in rows.values()), default=0):
+        ax.axhline(largest, color=PINK, linestyle="-.", label="always the largest class")
+    ax.margins(x=0.1, y=0.1)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    percent_axis(ax)
+
+
 def scaling_figure(course: Course) -> Figure:
-    """Accuracy against the size of the synthetic set, beside real data; bars and band are the classifiers' spread.
+    """Accuracy against the size of the synthetic set, beside real data; bars and band are the standard deviation.
 
     Raises ValueError without a row of table 2.
     """
     rows = _made(course, 2)
-    figure, ax = new_axes(size=(6.4, 3.4))
+    figure, ax = new_axes(size=(7.4, 3.4))
     real, names = rows.get(REAL, {}).get("test"), [name for name in rows if name != REAL]
     if real:
-        ax.axhline(np.mean(real), color=GREEN, linestyle="--", label="trained on real images")
-        ax.axhspan(np.min(real), np.max(real), color=GREEN, alpha=0.15)
-    means = np.array([np.mean(rows[n]["test"]) for n in names])
-    errors = [means - [min(rows[n]["test"]) for n in names], [max(rows[n]["test"]) for n in names] - means]
-    ax.errorbar(names, means, yerr=errors, fmt="-o", color=BLUE, capsize=4, label="trained on synthetic images")
+        mean, spread = np.mean(real), np.std(real, ddof=1) if len(real) > 1 else 0.0
+        ax.axhline(mean, color=GREEN, linestyle="--", label="real images: mean ± standard deviation")
+        ax.axhspan(mean - spread, mean + spread, color=GREEN, alpha=0.15)
+    _dots(ax, {name: rows[name]["test"] for name in names}, "generated images")
     ax.set(xlabel="size of the synthetic set, times the real one", ylabel="accuracy on real test images")
-    count = max(len(row["test"]) for row in rows.values())
-    ax.legend(title=f"mean, lowest and highest of {count}" if count > 1 else None)
-    percent_axis(ax)
+    _finished(ax, rows)
     return figure
 
 

@@ -14,15 +14,16 @@ from sdgen_lib.search.search import (
     Space,
     bootstrapped_importances,
     chosen,
-    compared_at,
+    compared,
     importances,
     plan,
     rescore,
     rescored_frame,
+    rescored_values,
     search,
     trials_frame,
 )
-from sdgen_lib.search.study import FINISHED, open_study, resume_study
+from sdgen_lib.search.study import FINISHED, keep, open_study, resume_study
 from tests.search import search_worker
 from tests.search.search_worker import SPACE
 
@@ -78,9 +79,11 @@ def startup_of(sampler):
 )
 def test_plan(n_trials, n_epochs, brackets, startup):
     """One bracket for every 20 trials at most, and a third of a bracket's trials, ten at most, at random first."""
-    pruner, sampler = plan(n_trials, n_epochs, seed=0)
-    assert brackets_of(pruner, n_epochs) == brackets
-    assert startup_of(sampler) == startup
+    planned = plan(n_trials, n_epochs, seed=0)
+    assert brackets_of(planned.pruner, n_epochs) == brackets == planned.brackets
+    assert startup_of(planned.sampler) == startup == planned.random_first
+    earliest = min(rung for (rung,) in rungs_of(planned.pruner, n_epochs, trials=30, most=1))
+    assert earliest == planned.first_rung
 
 
 def test_what_is_said_of_optunas_defaults():
@@ -99,13 +102,13 @@ def test_what_is_said_of_optunas_defaults():
 )
 def test_the_rungs_of_a_single_bracket(n_epochs, rungs):
     """After a third of the epochs, and none just before the end, where next to nothing is left to save."""
-    pruner, _ = plan(n_trials=16, n_epochs=n_epochs, seed=0)
-    assert rungs_of(pruner, n_epochs) == [rungs]
+    planned = plan(n_trials=16, n_epochs=n_epochs, seed=0)
+    assert rungs_of(planned.pruner, n_epochs) == [rungs] and planned.first_rung == rungs[0]
 
 
 def test_the_sampler_of_a_trial_depends_on_seed_and_number():
     def first(seed, number):
-        of_one_trial = optuna.create_study(sampler=plan(16, 30, seed)[1](number))
+        of_one_trial = optuna.create_study(sampler=plan(16, 30, seed).sampler(number))
         return of_one_trial.ask().suggest_float("UGS", 0, 7.5)
 
     assert first(0, 3) == first(0, 3)
@@ -368,7 +371,79 @@ def test_a_known_point_is_tried_first_and_once(tmp_path, formula, digits):
     run(resumed(tmp_path / "journal.log"), formula[0], digits, n_trials=4, known=[KNOWN])
     trials = resumed(tmp_path / "journal.log").trials
     assert len(trials) == 4 and [t.params == KNOWN for t in trials] == [True, False, False, False]
-    assert trials[0].state == TrialState.COMPLETE  # the first of a study has nothing to fall behind
+
+
+def test_the_pruner_ends_no_known_point_and_compares_the_others_with_it(tmp_path, formula, digits):
+    """Successive halving would end the second point, which is worse at the first rung, and did so without it."""
+    poor = [{"IS": 9, "UGS": guidance, "epoch": 1} for guidance in (2.0, 5.0, 5.5, 6.0)]
+    study = run(opened(tmp_path / "known.log"), formula[0], digits, n_trials=6, known=poor)
+    assert [t.params for t in study.trials[:4]] == poor
+    assert [t.state for t in study.trials[:4]] == 4 * [TrialState.COMPLETE]
+    assert all("completed_rung_0" in t.system_attrs for t in study.trials)
+    queued = opened(tmp_path / "queued.log")
+    for point in poor:
+        queued.enqueue_trial(point)
+    assert TrialState.PRUNED in {t.state for t in run(queued, formula[0], digits, n_trials=4).trials}
+
+
+def test_known_points_are_in_the_random_start(tmp_path, formula, digits):
+    """Of five random trials three are known ones: two follow at random, then TPE proposes."""
+    known = [{"IS": 9, "UGS": guidance, "epoch": 2} for guidance in (2.0, 2.1, 6.0)]
+    study = run(opened(tmp_path / "journal.log"), formula[0], digits, n_trials=15, known=known)
+    assert plan(15, 9, 0).random_first == 5
+    at_random = []
+    for trial in study.trials[3:6]:
+        random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=trial.number)).ask()
+        expected = random.suggest_int("IS", 5, 20), random.suggest_float("UGS", 0, 7.5)
+        at_random.append((trial.params["IS"], trial.params["UGS"]) == expected)
+    assert at_random == [True, True, False]
+
+
+def test_a_known_point_whose_trial_failed_is_tried_again(tmp_path, formula, digits):
+    """Also where the failed trial stays in the study, as in a shared one."""
+
+    def fails(*point):
+        raise RuntimeError("out of memory")
+
+    study = opened(tmp_path / "journal.log")
+    with pytest.raises(RuntimeError):
+        run(study, fails, digits, n_trials=2, known=[KNOWN])
+    run(study, formula[0], digits, n_trials=2, known=[KNOWN])
+    assert [(t.state.name, t.params == KNOWN) for t in study.trials[:2]] == [("FAIL", True), ("COMPLETE", True)]
+
+
+@pytest.mark.parametrize("stop_in", [1, 2, 3])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Killed])
+def test_known_points_keep_their_places_after_a_kill(tmp_path, formula, digits, stop_in, stop):
+    known = [KNOWN | {"UGS": guidance} for guidance in (4.0, 1.0, 2.0)]
+    begun = []
+
+    def stopped(*point):
+        begun.append(point)
+        if len(begun) == stop_in:
+            raise stop
+        return formula[0](*point)
+
+    whole = run(resumed(tmp_path / "whole.log"), formula[0], digits, n_trials=6, known=known)
+    with pytest.raises(stop):
+        run(resumed(tmp_path / "killed.log"), stopped, digits, n_trials=6, known=known)
+    again = run(resumed(tmp_path / "killed.log"), formula[0], digits, n_trials=6, known=known)
+    assert records(again) == records(whole) and len(again.trials) == 6
+
+
+def test_numbers_of_any_type_are_one_point(tmp_path, formula, digits):
+    for point in (KNOWN | {"UGS": 4}, KNOWN | {"IS": 7.0, "UGS": np.float32(4.0), "epoch": np.int64(3)}):
+        run(resumed(tmp_path / "journal.log"), formula[0], digits, n_trials=1, known=[point, point])
+    run(resumed(tmp_path / "journal.log"), formula[0], digits, n_trials=4, known=[point])
+    points = [t.params for t in resumed(tmp_path / "journal.log").trials]
+    assert len(points) == 4 and points.count({"IS": 7, "UGS": 4.0, "epoch": 3}) == 1
+
+
+def test_a_finished_search_queues_nothing(tmp_path, formula, digits):
+    run(opened(tmp_path / "journal.log"), formula[0], digits, n_trials=3)
+    before = (tmp_path / "journal.log").read_bytes()
+    run(opened(tmp_path / "journal.log"), formula[0], digits, n_trials=3, known=[KNOWN])
+    assert (tmp_path / "journal.log").read_bytes() == before
 
 
 def test_a_known_point_that_a_kill_left_undone_is_tried_first_again(tmp_path, formula, digits):
@@ -382,11 +457,23 @@ def test_a_known_point_that_a_kill_left_undone_is_tried_first_again(tmp_path, fo
     assert records(again) == records(whole) and records(again)[0][0] == KNOWN
 
 
-@pytest.mark.parametrize("wrong", [{"IS": 4}, {"UGS": 7.6}, {"epoch": 0}])
-def test_a_known_point_outside_the_space_is_refused(tmp_path, formula, digits, wrong):
-    (name,) = wrong
-    with pytest.raises(ValueError, match=f"{name} of a known point is .*, and the search goes from"):
-        run(opened(tmp_path / "journal.log"), formula[0], digits, known=[KNOWN | wrong])
+@pytest.mark.parametrize(
+    ("wrong", "allowed"),
+    [
+        ({"IS": 4}, "IS goes from 5 to 20, in whole numbers"),
+        ({"IS": 7.5}, "IS goes from 5 to 20, in whole numbers"),
+        ({"UGS": 7.6}, "UGS goes from 0.0 to 7.5"),
+        ({"UGS": math.nan}, "UGS goes from 0.0 to 7.5"),
+        ({"epoch": 0}, "epoch goes from 1 to 4"),
+        ({"epoch": None}, "epoch goes from 1 to 4"),
+    ],
+)
+def test_a_known_point_outside_the_space_is_refused(tmp_path, formula, digits, wrong, allowed):
+    """Before anything is queued, the points that are right included."""
+    study, point = opened(tmp_path / "journal.log"), KNOWN | wrong
+    with pytest.raises(ValueError) as caught:
+        run(study, formula[0], digits, known=[KNOWN, point])
+    assert str(point) in str(caught.value) and allowed in str(caught.value) and not study.trials
 
 
 def test_the_nearest_point_of_a_space():
@@ -483,6 +570,46 @@ def test_a_killed_rescoring_goes_on(tmp_path, digits, scored):
     assert chosen(study).number == 3
 
 
+def test_a_rescoring_with_other_seeds_is_done_again(tmp_path, digits, scored):
+    study = rescored_study(hand_made(tmp_path / "journal.log", ROWS), digits, count=1)
+    rescored_study(study, digits, count=1)
+    assert len(scored) == 2
+    rescored_study(study, digits, count=1, classifier_seeds=[1, 3])
+    assert len(scored) == 4 and rescored_values(study) == {0: pytest.approx([0.31, 0.33])}
+
+
+def test_what_was_rescored_stays_with_its_point(tmp_path, digits, scored):
+    """A failed trial leaves the file when the search goes on, or is copied, and the later ones get other numbers."""
+    study = opened(tmp_path / "journal.log")
+    study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+    rescored_study(hand_made(tmp_path / "journal.log", ROWS), digits)
+    assert chosen(study).number == 4 and (before := rescored_frame(study)).index.tolist() == [4, 3, 1]
+    for again in (keep(study, tmp_path / "copy.log", 6), resumed(tmp_path / "journal.log")):
+        assert rescored_frame(again).index.tolist() == [3, 2, 0]
+        assert rescored_frame(again).reset_index(drop=True).equals(before.reset_index(drop=True))
+        assert chosen(again).params == chosen(study).params == {"IS": 5, "UGS": 5.0, "epoch": 1}
+
+
+def test_the_trials_say_what_rescoring_found(tmp_path, digits, scored):
+    frame = trials_frame(rescored_study(hand_made(tmp_path / "journal.log", ROWS), digits))
+    np.testing.assert_allclose(frame.rescored, [0.315, np.nan, 0.415, 0.515, np.nan, np.nan])
+    np.testing.assert_allclose(frame.rescored_sd.dropna(), 3 * [np.sqrt(0.5) / 100])
+    assert frame.chosen.tolist() == [False, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("nothing", [{"count": 0}, {"classifier_seeds": []}])
+def test_rescoring_nothing_is_refused(tmp_path, digits, scored, nothing):
+    with pytest.raises(ValueError, match="give one or more of each"):
+        rescored_study(hand_made(tmp_path / "journal.log", ROWS), digits, **nothing)
+
+
+def test_where_all_trials_were_pruned_there_is_nothing_to_choose(tmp_path, digits, scored):
+    study = rescored_study(hand_made(tmp_path / "journal.log", [(3.0, None), (8.0, None)]), digits)
+    assert not scored and not rescored_values(study)
+    with pytest.raises(ValueError, match="No trial of step 2 is complete: raise n_trials, or search without pruning"):
+        chosen(study)
+
+
 def test_rescoring_on_the_test_set_is_the_released_codes_choice(tmp_path, digits, scored):
     study = rescored_study(hand_made(tmp_path / "journal.log", ROWS), digits, select_on="test")
     np.testing.assert_allclose(rescored_frame(study)["mean"], [0.2575, 0.2075, 0.1575])
@@ -550,7 +677,9 @@ def test_trials_frame(study_of):
     assert frame.index.name == "trial" and frame.index.tolist() == [0, 1]
     accuracies = {"value": 0.3, "val_accuracy": 0.3, "test_accuracy": 0.15}
     rest = {"pruned": True, "classifier_epochs": 3, "seconds": 1.5, "chosen": False}
-    assert frame.loc[1].to_dict() == {"IS": 20, "UGS": 0.25, "epoch": 2, **accuracies, **rest}
+    found = frame.loc[1].to_dict()
+    assert np.isnan(found.pop("rescored")) and np.isnan(found.pop("rescored_sd"))
+    assert found == {"IS": 20, "UGS": 0.25, "epoch": 2, **accuracies, **rest}
     assert frame.chosen.tolist() == [True, False]
     assert not trials_frame(study_of([(20, 0.25, 2, 0.3, True)])).chosen.any()
 
@@ -564,33 +693,64 @@ def random_rows(value, count=300, prune=0):
 
 @pytest.mark.parametrize("prune", [0, 150])
 def test_importances_of_a_sum(study_of, prune):
-    """Of a + 3 b the variances are 1 : 9. Pruned trials count like the others."""
-    found = importances(study_of(random_rows(lambda a, b, c: a + 3 * b, prune=prune)))
+    """Of a + 3 b the variances are 1 : 9, whichever trials count."""
+    found = importances(study_of(random_rows(lambda a, b, c: a + 3 * b, prune=prune)), pruned=bool(prune))
     assert list(found.index) == ["IS", "UGS", "epoch"] and found.name == "by hand"
     assert found.sum() == pytest.approx(1)
     assert found.to_dict() == pytest.approx({"IS": 0.1, "UGS": 0.9, "epoch": 0.0}, abs=0.05)
 
 
-def test_pruned_trials_are_compared_at_an_epoch_that_all_reached(study_of):
-    """UGS decides the first epochs alone, IS what comes after; no pruned trial got there."""
-    study = study_of([])
+def half_pruned():
+    """UGS decides the first two epochs alone, IS what comes after; no pruned trial got there."""
+    study = optuna.create_study(direction="maximize")
     for k, (steps, guidance, epoch, _, _) in enumerate(random_rows(lambda a, b, c: 0, count=80)):
         early, late, pruned = guidance, (steps - 1) / 100, k % 2 == 0
-        values = {1: early / 2, 2: early} | ({} if pruned else {3: late})
         trial = optuna.trial.create_trial(
             state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
             value=None if pruned else late,
             params={"IS": steps, "UGS": guidance, "epoch": epoch},
             distributions=DISTRIBUTIONS,
             user_attrs={"value": early if pruned else late},
-            intermediate_values=values,
+            intermediate_values={1: early / 2, 2: early} | ({} if pruned else {3: late}),
         )
         study.add_trial(trial)
-    trials = study.get_trials(deepcopy=False)
-    assert compared_at(trials) == 2 and compared_at([t for t in trials if t.state == TrialState.COMPLETE]) is None
-    assert importances(study)["UGS"] > 0.9
-    alone = bootstrapped_importances(study, pruned=False, repeats=2)
-    assert alone.importance["IS"] > 0.9 and alone.trials.eq(40).all()
+    return study
+
+
+def test_only_what_had_as_much_training_is_compared():
+    study = half_pruned()
+    complete, whole = compared(study, pruned=False), compared(study, pruned=True)
+    assert complete.values == [t.value for t in study.trials if t.state == TrialState.COMPLETE]
+    assert whole.values == [t.intermediate_values[2] for t in study.trials] and len(whole.trials) == 80
+    assert complete.said == "40 complete trials"
+    assert whole.said == "80 trials, all at classifier epoch 2, on validation images"
+    assert compared(study) == complete
+
+
+def test_importances_are_those_of_the_complete_trials_as_in_optuna():
+    study = half_pruned()
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    assert importances(study).to_dict() == optuna.importance.get_param_importances(study, evaluator=evaluator)
+    assert importances(study)["IS"] > 0.9 and importances(study, pruned=True)["UGS"] > 0.9
+    alone, whole = (bootstrapped_importances(study, pruned=pruned, repeats=3) for pruned in (None, True))
+    assert alone.importance["IS"] > 0.9 and alone.trials.eq(40).all() and alone.low["IS"] > 0.5
+    assert whole.importance["UGS"] > 0.9 and whole.trials.eq(80).all() and whole.low["UGS"] > 0.5
+
+
+def test_pruned_trials_count_where_too_few_are_complete(study_of):
+    rows = list(random_rows(lambda a, b, c: a + b, count=8, prune=5))
+    assert compared(study_of(rows)).said == "8 trials, all at classifier epoch 3, on validation images"
+    assert importances(study_of(rows)).equals(importances(study_of(rows), pruned=True))
+    with pytest.raises(ValueError, match="this search has 3 complete trials: raise n_trials, or let pruned"):
+        importances(study_of(rows), pruned=False)
+
+
+def test_trials_without_single_epochs_cannot_be_compared_there():
+    study = half_pruned()
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    with pytest.raises(ValueError, match=r"Trials \[80\] have no accuracies of single epochs"):
+        compared(study, pruned=True)
+    assert len(compared(study).trials) == 41
 
 
 def test_importances_repeat_themselves(study_of):
@@ -611,7 +771,7 @@ def test_without_variance_there_is_nothing_to_share_out(study_of):
 
 def test_importances_need_four_trials(study_of):
     rows = list(random_rows(lambda a, b, c: a + b, count=4))
-    with pytest.raises(ValueError, match="at least 4 finished trials, and this search has 3"):
+    with pytest.raises(ValueError, match="at least 4 trials, and this search has 3"):
         importances(study_of(rows[:3]))
     assert importances(study_of(rows)).sum() == pytest.approx(1)
 
@@ -657,8 +817,8 @@ def test_pruned_trials_may_be_left_out_of_the_bootstrap(study_of):
     alone = bootstrapped_importances(study_of(rows), pruned=False, repeats=4)
     assert alone.trials.eq(40).all() and alone.importance["IS"] > 0.9
     assert alone.importance.to_dict() == importances(study_of(rows[:40])).to_dict()
-    assert bootstrapped_importances(study_of(rows), repeats=4).trials.eq(80).all()
-    with pytest.raises(ValueError, match="at least 4 finished trials, and this search has 0"):
+    assert bootstrapped_importances(study_of(rows), pruned=True, repeats=4).trials.eq(80).all()
+    with pytest.raises(ValueError, match="at least 4 trials, and this search has 0 complete trials"):
         bootstrapped_importances(study_of(rows[40:]), pruned=False)
 
 

@@ -308,6 +308,52 @@ def test_of_two_workers_that_ask_at_once_the_earlier_word_counts(tmp_path, monke
     assert [t.value for t in kept[0].trials] == [t.value for t in kept[1].trials] == [0.0, 1.0, 2.0, 3.0]
 
 
+def test_what_was_noted_of_a_search_is_copied_with_it(tmp_path):
+    """What rescoring found (plain numbers and text) among it; a copy that has notes of its own keeps them."""
+    study = with_trials(tmp_path / "shared.log", 5)
+    found = [{"point": {"UGS": 0.1 + 0.2}, "seeds": [2**62 + 1], "values": [1 / 3, 0.1]}]
+    study.set_user_attr("rescored", found)
+    keep(study, tmp_path / "copy.log", 4)
+    for again in (open_study(tmp_path / "copy.log", "step 2"), resume_study(tmp_path / "copy.log", "step 2")):
+        assert again.user_attrs == {"rescored": found} and len(again.trials) == 4
+    again.set_user_attr("own", 1)
+    assert keep(study, tmp_path / "copy.log", 4).user_attrs == {"rescored": found, "own": 1}
+
+
+def test_a_queued_trial_that_was_half_done_is_queued_again_in_its_place(tmp_path):
+    """One that its sampler chose is not; nor one whose point another trial has by now."""
+    study = open_study(tmp_path / "journal.log", "step 2")
+    for guidance in (1.0, 2.0, 3.0):
+        study.enqueue_trial({"UGS": guidance}, user_attrs={"known": True})
+    study.tell(study.ask(), 0.5)
+    half_done = study.ask()
+    half_done.suggest_float("UGS", 0, 7.5)
+    half_done.report(0.3, 1)
+    study.tell(half_done, state=TrialState.FAIL)
+    study.ask()
+    study.ask().suggest_float("UGS", 0, 7.5)
+    study.enqueue_trial({"UGS": 3.0})
+    trials = resume_study(tmp_path / "journal.log", "step 2").trials
+    assert [t.state for t in trials] == [TrialState.COMPLETE, TrialState.WAITING, TrialState.WAITING]
+    assert [t.system_attrs["fixed_params"]["UGS"] for t in trials] == [1.0, 2.0, 3.0]
+    assert trials[1].user_attrs == {"known": True} and not trials[1].intermediate_values and not trials[1].params
+
+
+def test_processes_that_share_a_search_try_a_known_point_once(tmp_path, formula, digits):
+    known = [{"IS": 7, "UGS": 4.25, "epoch": 3}, {"IS": 8, "UGS": 1.0, "epoch": 2}]
+    place, begun = f"sqlite:///{tmp_path}/search.db", []
+
+    def joined_by_another(*point):  # while the first one's first trial runs, the second one does the rest
+        if not begun:
+            begun.append(point)
+            run(share_study(place, "step 2"), digits, n_trials=3, known=known)
+        return images_of(*point)
+
+    study = run(share_study(place, "step 2"), digits, joined_by_another, n_trials=4, known=known)
+    points = [t.params for t in study.trials]
+    assert points[:2] == known and len(points) == 4 and all(points.count(point) == 1 for point in known)
+
+
 def test_a_copy_is_left_as_it_is(tmp_path):
     study = with_trials(tmp_path / "shared.log", 5)
     kept = keep(study, tmp_path / "run" / "journal.log", 3)
@@ -419,13 +465,13 @@ def test_a_journal_that_optunas_tools_write_to_stays_valid(tmp_path, formula, di
 
 
 def test_a_queued_trial_stays(tmp_path, formula, digits):
-    """Somebody asks for a point; then the process dies, and another goes on."""
+    """Somebody asks for two points; the process dies in the first, and another goes on: with both, in their order."""
     study = open_study(tmp_path / "journal.log", "step 2")
     for point in ((7, 1.5, 2), (8, 2.5, 3)):
         study.enqueue_trial(dict(zip(PARAMETERS, point)))
     study.ask()  # the first of the two, half done
     found = run(resume_study(tmp_path / "journal.log", "step 2"), digits, n_trials=2, shared=False)
-    assert point_of(found.trials[0]) == (8, 2.5, 3) and len(found.trials) == 2
+    assert [point_of(trial) for trial in found.trials] == [(7, 1.5, 2), (8, 2.5, 3)]
 
 
 @pytest.mark.parametrize("writer", ["the next append", "resume"])

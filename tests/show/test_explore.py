@@ -18,7 +18,7 @@ from sdgen_lib.data import Split
 from sdgen_lib.diffusion.conditions import Condition, ContextTable
 from sdgen_lib.diffusion.generate import balanced_labels, generate_latents
 from sdgen_lib.machine.seeds import image_noise
-from sdgen_lib.search.search import trials_frame
+from sdgen_lib.search.search import chosen, trials_frame
 from sdgen_lib.show import explore, explore_classes, figures, widgets
 from sdgen_lib.show.names import printable
 from sdgen_lib.show.widgets import picker
@@ -63,15 +63,15 @@ def test_nbconvert_shows_the_picture_where_there_is_no_kernel(finished):
 def test_sliders_redraw_the_same_seeds(finished):
     course = finished.course
     explorer = explore.GuidanceExplorer(course, study := course.tune())
-    epoch = study.best_params["epoch"]
+    epoch = chosen(study).params["epoch"]
     first = explorer.image.value
-    explorer.steps.value, explorer.scale.value, explorer.who.value = 5, 3.5, 7
-    images = course.draw(Point(5, 3.5, epoch), torch.full((10,), 7), "explorer")
-    near = explore.nearest_trial(trials_frame(study), {"IS": 5, "UGS": 3.5})
-    title = f"IS 5, UGS 3.5; CAS of the nearest trial {near.value:.1%}"
+    explorer.steps.value, explorer.scale.value, explorer.who.value = 5, 2.5, 7
+    images = course.draw(Point(5, 2.5, epoch), torch.full((10,), 7), "explorer")
+    near = explore.nearest_trial(trials_frame(study).query("not pruned"), {"IS": 5, "UGS": 2.5})
+    title = f"IS 5, UGS 2.5; CAS of the nearest trial {near.value:.1%}"
     assert explorer.image.value == drawn(figures.image_grid([images], [""], ["7"] * 10, scale=0.95, title=title))
     assert f"number {near.name}:" in explorer.words.value and f"{near.value:.1%}" in explorer.words.value
-    best = study.best_params
+    best = chosen(study).params
     explorer.steps.value, explorer.scale.value, explorer.who.value = best["IS"], round(best["UGS"], 1), None
     assert explorer.image.value == first
 
@@ -87,6 +87,23 @@ def test_nearest_trial_measures_by_the_ranges(study_of):
     assert explore.nearest_trial(frame, {"IS": 52, "UGS": 0.1}).name == 2  # 60 is near 52 on a range of 100
     assert explore.nearest_trial(frame, {"IS": 52, "UGS": 0.95}).name == 1
     assert explore.nearest_trial(frame, {"IS": 2, "UGS": 0.2}).name == 0
+
+
+def test_only_complete_trials_say_a_cas_beside_the_sliders(finished, study_of):
+    study = study_of([(5, 0.5, 1, 0.4, False), (9, 0.8, 2, 0.9, True), (3, 0.9, 2, 0.6, False)])
+    explorer = explore.GuidanceExplorer(finished.course, study)
+    explorer.steps.value, explorer.scale.value = 9, 0.8
+    assert "number 0: IS 5, UGS 0.50, CAS 40.0%" in explorer.words.value and "pruned" not in explorer.words.value
+
+
+def test_the_sliders_begin_at_what_rescoring_chose(finished, study_of):
+    study = study_of([(5, 0.5, 1, 0.6, False), (3, 0.8, 2, 0.4, False)])
+    assert explore.GuidanceExplorer(finished.course, study).epoch == 1
+    study.set_user_attr(
+        "rescored", [{"point": t.params, "seeds": [1], "values": [v]} for t, v in zip(study.trials, (0.3, 0.5))]
+    )
+    explorer = explore.GuidanceExplorer(finished.course, study)
+    assert (explorer.steps.value, explorer.scale.value, explorer.epoch) == (3, 0.8, 2)
 
 
 # --- denoising ---
@@ -167,7 +184,7 @@ def test_a_click_shows_what_the_trial_was_scored_on(finished, step):
     for button, trial in ((buttons[1], frame.index[1]), (buttons[-1], frame.index[-1])):
         button.click()
         row = frame.loc[trial]
-        first = course.tune().best_params["epoch"]
+        first = chosen(course.tune()).params["epoch"]
         epochs = (int(row.epoch), None) if step == 2 else (first, int(row.epoch))
         images = course.draw(
             Point(int(row.IS), row.UGS, *epochs), balanced_labels(40, 10), "trial"
@@ -189,10 +206,23 @@ def under_the_buttons(points):
 
 
 def test_buttons_lie_over_their_points(finished):
-    """The middle of each shows its point's colour, not the paper's white."""
+    """The middle of each shows its point's colour or a pruned one's grey, not the paper's white."""
     for part in under_the_buttons(explore.SearchExplorer(finished.course).points):
         middle = part[len(part) // 3 : -len(part) // 3, part.shape[1] // 3 : -part.shape[1] // 3]
-        assert (middle.max(-1) - middle.min(-1)).max() > 60
+        assert middle.min() < 180
+
+
+def test_a_pruned_trials_accuracy_is_never_said_without_its_epochs(micro, tmp_path, study_of):
+    explorer = explore.SearchExplorer(Course(micro(tmp_path / "runs")))
+    study = study_of([(5, 0.5, 1, 0.3, False), (9, 0.7, 2, 0.4, True), (9, 0.7, 2, 0.5, False)])
+    study.set_user_attr("rescored", [{"point": study.trials[2].params, "seeds": [1], "values": [0.45]}])
+    explorer.update(study)
+    tooltips = [button.tooltip for button in explorer.points.children[1:]]
+    assert tooltips == 2 * [
+        "trial 0: CAS 30.0%",
+        "trial 1: pruned after 3 epochs, at 40.0%",
+        "trial 2: CAS 50.0%, drawn anew 45.0%",
+    ]
 
 
 def test_buttons_lie_within_their_cells():

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import strange_names
+from scipy import stats
 
 from sdgen_lib.config import settings
 from sdgen_lib.course import Course
@@ -71,15 +72,58 @@ def test_selection_on_the_test_set_is_marked():
     assert not any(name.startswith("published") and "TEST" in name for name in marked.index)
 
 
-def test_balanced_accuracy_stands_below_where_the_classes_sizes_matter():
+def test_what_has_to_be_known_to_judge_an_accuracy_stands_below_it():
     """Nine in ten of class 0, all taken for it: 90 % of the images, half of the classes."""
-    rows = {"after 1": cas_row(POINT, [0.9, 0.9], balanced_test=[0.5, 0.52]), "after 2": cas_row(POINT, [0.7, 0.7])}
+    rows = {
+        "after 1": cas_row(POINT, [0.9, 0.9], balanced_test=[0.5, 0.52], largest_class=0.9),
+        "after 2": cas_row(POINT, [0.7, 0.7], largest_class=0.9),
+    }
     table = tables.cas_table(rows, "digits")
-    assert list(table.index[:2]) == ["CAS %", "balanced CAS %"]
+    known = ["standard error by the test images", "balanced CAS %", "always the largest class %"]
+    assert list(table.index[:4]) == ["CAS %", *known]
     assert table.loc["balanced CAS %"].tolist() == ["51.0 ± 1.4", "70.0 ± 0.0"]
     assert table.loc["always the largest class %"].tolist() == ["90.0", "90.0"]
-    rows = {"real": scaling_row([0.9], 10) | {"balanced_test": [0.896]}}  # less than a point
-    assert list(tables.scaling_table(rows, "digits").index) == ["accuracy %", "training images"]
+    # 362 of 404: root of 0.896 * 0.104 / 404; 282 of 404: root of 0.698 * 0.302 / 404
+    assert table.loc["standard error by the test images"].tolist() == ["1.5", "2.3"]
+    table = tables.scaling_table({"real": scaling_row([0.9], 10)}, "digits")
+    assert {name.replace("CAS", "accuracy") for name in known} <= set(table.index)
+    older = {"real": {"test": [0.9], "num_images": 10}}  # a row that says less
+    assert list(tables.scaling_table(older, "digits").index) == ["accuracy %", "training images"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+def test_the_standard_error_covers_the_truth_as_often_as_it_should(share):
+    """The interval of 1.96 of them around Agresti and Coull's share is 95 %; simulated, with a true share near it."""
+    truth, count = min(max(share, 0.02), 0.98), 400
+    right = np.random.default_rng(0).binomial(count, truth, 4000)
+    errors = np.array([tables.standard_error(k / count, count) for k in right])
+    inside = np.abs((right + 2) / (count + 4) - truth) < 1.96 * errors
+    assert 0.93 < inside.mean() < 0.985
+
+
+def test_compared_is_students_paired_test():
+    """As scipy's own `ttest_rel`, by another way."""
+    values, others = [0.91, 0.93, 0.92, 0.95], [0.89, 0.90, 0.90, 0.92]
+    mean, low, high, verdict = tables.compared(values, others)
+    interval = stats.ttest_rel(values, others).confidence_interval(0.95)
+    np.testing.assert_allclose([low, high], [100 * interval.low, 100 * interval.high])
+    assert mean == pytest.approx(2.5) and verdict == "better"
+    assert tables.compared(others, values)[3] == "worse"
+    assert tables.compared([0.9, 0.8], [0.8, 0.9])[3] == "no difference is shown"
+    mean, low, high, verdict = tables.compared([0.9], [0.8])
+    assert mean == pytest.approx(10) and np.isnan([low, high]).all() and verdict == "a single pair cannot tell"
+
+
+def test_a_row_below_an_answer_that_looks_at_nothing_is_told_in_words():
+    rows = {
+        "real": scaling_row([0.54, 0.55], 1080) | {"largest_class": 0.435, "balanced_test": [0.4, 0.41]},
+        "x1": scaling_row([0.33, 0.35], 1080) | {"largest_class": 0.435, "balanced_test": [0.25, 0.25]},
+        "x2": scaling_row([0.44, 0.44], 1080) | {"largest_class": 0.435, "balanced_test": [0.1, 0.1]},
+    }
+    first, second = tables.taught_too_little(rows)
+    assert first.startswith("x1: 34.0% is below the 43.5% of always answering the largest class")
+    assert second == "x2: the balanced accuracy, 10.0%, is no better than chance, 10.0%."
+    assert tables.taught_too_little({"real": {"test": [0.1]}}) == []  # a row that says nothing of the classes
 
 
 def test_without_rows_the_tables_are_empty_and_the_figures_say_so():
@@ -94,15 +138,21 @@ def test_without_rows_the_tables_are_empty_and_the_figures_say_so():
 def test_figures_of_the_tables():
     course = course_with(TABLE_1, TABLE_2)
     figure = drawn(tables.steps_figure(course))
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [0.55, 0.7])
-    np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), [0.1, 0.1])  # chance
-    dots = [tuple(map(tuple, c.get_offsets())) for c in figure.axes[0].collections]
+    (ax,) = figure.axes
+    points, _, _ = ax.containers[0].lines
+    np.testing.assert_allclose(np.asarray(points.get_ydata(), float), [0.55, 0.7])
+    levels = {line.get_label(): line.get_ydata()[0] for line in ax.lines}
+    assert levels["chance"] == 0.1 and levels["always the largest class"] == 0.3
+    dots = [tuple(map(tuple, c.get_offsets())) for c in ax.collections[:2]]
     assert dots == [((0, 0.5), (0, 0.6)), ((1, 0.7), (1, 0.7))]
+    assert ax.get_ylim()[1] < 0.9  # no half of the picture is empty
     figure = drawn(tables.scaling_figure(course))
     line, caps, _ = figure.axes[0].containers[0].lines
-    np.testing.assert_allclose(line.get_ydata(), [0.74, 0.8])
+    np.testing.assert_allclose(np.asarray(line.get_ydata(), float), [0.74, 0.8])
+    assert line.get_linestyle() == "None"  # x1 and x2 are no points of a curve
     ends = np.array([cap.get_ydata() for cap in caps], float)
-    np.testing.assert_allclose(ends, [[0.71, 0.8], [0.78, 0.8]])  # lowest, highest
+    spread = np.sqrt(13) / 100  # see `test_table_2`
+    np.testing.assert_allclose(ends, [[0.74 - spread, 0.8], [0.74 + spread, 0.8]])
     drawn(tables.scaling_figure(course_with(table_2={"x1": TABLE_2["x1"]})))  # the real row is not there yet
 
 
@@ -141,13 +191,14 @@ def test_the_papers_column_is_counted_at_the_papers_size_and_batch(counted, tmp_
     assert list(table.columns) == ["this recipe", "-p recipe paper"]
     assert list(table.index) == ["1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets"]
     demo, paper = counted[:5], counted[5:]
-    # 12 epochs at batch 32, against 50 at 64; each with three held-out losses of two noises.
-    assert images_by_kind(demo[0])["context gradient", 32, 0] == 12 * n
+    # 8 epochs of 1600 images at batch 32, against 50 of the training set at 64; each with three held-out losses of two noises.
+    assert images_by_kind(demo[0])["context gradient", 32, 0] == 8 * 1600
     assert images_by_kind(paper[0])["context gradient", 64, 0] == 50 * n
     assert images_by_kind(paper[0])["unet", 202, 0] == 50 * 3 * 2 * held_out
+    assert images_by_kind(demo[2])["weight gradient", 64, 0] == 6 * 10_000
     assert images_by_kind(paper[2])["weight gradient", 16, 0] == 10 * n
-    # 18 trials of 400 images, IS 5..12, and 50 of 4000, IS 5..50; guidance doubles a pass.
-    assert images_by_kind(demo[1])["unet", 200, 0] == 2 * 8.5 * 18 * 400
+    # 18 trials and 3 rescored ones of 400 images, IS 8..16, and 50 of 4000, IS 5..50; guidance doubles a pass.
+    assert images_by_kind(demo[1])["unet", 200, 0] == 2 * 12 * (18 + 3) * 400
     assert images_by_kind(paper[3])["decode", 128, 0] == 50 * 4000
     # What trains a classifier: 100 epochs at 32 pixels, batch 256, of 100 real images and of 100, 200, .. 1000.
     sizes = n + sum(k * n for k in range(1, 11))
