@@ -80,7 +80,10 @@ MICRO = dict(
     classifier_epoch_images=1,
     max_multiple=2,
     default_steps=5,
+    steps_min=5,
     steps_max=6,
+    guidance_min=0.0,
+    guidance_max=7.5,
 )
 
 

@@ -118,7 +118,8 @@ def micro_course(**changes: Any) -> dict[str, float]:
     """A very small course from end to end, and once more from what it left."""
     small = dict(dataset="digits:100", backbone="tiny", recipe="demo", transfer_epochs=2, finetune_epochs=2, n_trials=3)
     small |= dict(transfer_epoch_images="none", finetune_epoch_images="none")
-    small |= dict(num_images=40, classifier_epochs=3, classifier_seeds=2, max_multiple=2, default_steps=5, steps_max=6)
+    small |= dict(num_images=40, classifier_epochs=3, classifier_seeds=2, max_multiple=2, default_steps=5)
+    small |= dict(steps_min=5, steps_max=6)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         course = Course(resolve(**small, **changes, runs_dir=folder))

@@ -186,7 +186,7 @@ def guidance_slider(page):
         page.wait_for_function("([image, old]) => image.src !== old", arg=[image.element_handle(), source])
         assert (slider.locator(".widget-readout").inner_text() == said) is same
         assert (pixels(image) == before) is same
-    assert re.search(r"nearest trial, number \d: IS \d, UGS \d\.\d+, CAS \d+\.\d%", words.inner_text())
+    assert re.search(r"nearest trial, number \d: IS \d, UGS \d\.\d+, accuracy \d+\.\d%", words.inner_text())
 
 
 def search_click(page):

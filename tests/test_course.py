@@ -18,7 +18,7 @@ from sdgen_lib.diffusion.generate import balanced_labels
 from sdgen_lib.evaluate import rows as evaluate_rows
 from sdgen_lib.evaluate import scaling, sets
 from sdgen_lib.methods import class_encoder
-from sdgen_lib.search.search import trials_frame
+from sdgen_lib.search.search import chosen, trials_frame
 from sdgen_lib.store import blocks, files
 from sdgen_lib.store.run import results
 from sdgen_lib.work import fitting
@@ -47,7 +47,7 @@ def test_every_row_of_table_1(finished):
 def test_the_second_search_is_bounded_by_the_first(finished):
     course = finished.course
     first, second = course.tune(), course.retune()
-    best = first.best_params
+    best = chosen(first).params
     spaces = ((5, 6), (0, 7.5), (1, 2)), ((5, best["IS"]), (0, 2 * best["UGS"]), (1, 2))
     for study, space in zip((first, second), spaces, strict=True):
         frame = trials_frame(study)
@@ -56,7 +56,7 @@ def test_the_second_search_is_bounded_by_the_first(finished):
             assert frame[name].between(low, max(high, 1.0)).all()
     for row, study in (("after 2", first), ("after 4", second)):
         point = finished.rows[row]["point"]
-        found = study.best_params["IS"], study.best_params["UGS"]
+        found = chosen(study).params["IS"], chosen(study).params["UGS"]
         assert (point["num_inference_steps"], point["guidance_scale"]) == found
 
 
@@ -149,7 +149,7 @@ def test_step_3_leaves_the_class_encoder_as_it_was(finished):
     one, three = course.transfer(), course.finetune()
     assert np.isfinite(one.to_numpy()).all() and np.isfinite(three.to_numpy()).all()
     assert one.index.tolist() == three.index.tolist() == [1, 2] and not one.equals(three)
-    best = course.tune().best_params["epoch"]
+    best = chosen(course.tune()).params["epoch"]
     assert course.run.peek(course.method.finetune_step).facts["transfer_epoch"] == best
 
 
@@ -183,7 +183,7 @@ def test_a_second_course_reuses_everything(finished, micro, no_work):
     assert again.transfer().equals(finished.course.transfer())
     assert again.finetune().equals(finished.course.finetune())
     for search in ("tune", "retune"):
-        assert getattr(again, search)().best_params == getattr(finished.course, search)().best_params
+        assert chosen(getattr(again, search)()).params == chosen(getattr(finished.course, search)()).params
     assert {row: again.cas(row) for row in ROWS} == finished.rows == again.rows_made(1)
     assert again.scaling() == finished.scaling == again.rows_made(2)
     assert len(again.synthetic(2)) == 200
@@ -409,7 +409,7 @@ def test_only_used_unets_are_kept_when_asked(small, tmp_path):
     course.finetune()
     folder = course.run.folder(course.method.finetune_step)
     assert len(list(folder.glob("epoch_*"))) == 4
-    best = course.retune().best_params["epoch"]
+    best = chosen(course.retune()).params["epoch"]
     assert {path.name for path in folder.glob("epoch_*")} == {checkpoint_name(best), checkpoint_name(4)}
     course.cas("after 3"), course.cas("after 4")
     gone = next(epoch for epoch in (1, 2, 3) if epoch != best)

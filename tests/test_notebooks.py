@@ -1,5 +1,6 @@
 """The notebook contract. That the notebooks run and repeat their checked outputs is nbval's part (see the README)."""
 
+import ast
 import json
 import re
 import subprocess
@@ -7,11 +8,14 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import optuna
 import pytest
 from conftest import MICRO
+from PIL import Image
 
 from sdgen_lib.config.settings import FIELDS, SHARED
-from tests import pictures
+from tests import pictures, small
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[0-7]_*.ipynb"))
@@ -28,6 +32,12 @@ def printed(notebook: Path) -> str:
     """Everything that the cells of an executed notebook wrote to their streams."""
     cells = nbformat.read(notebook, 4).cells
     return "".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
+
+
+def shown_as_html(notebook: Path) -> list[str]:
+    """The tables, and whatever else the cells of an executed notebook show as HTML."""
+    outputs = [o for c in nbformat.read(notebook, 4).cells if c.cell_type == "code" for o in c.outputs]
+    return [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
 
 
 def test_all_eight_chapters_are_there():
@@ -80,9 +90,39 @@ def test_the_readmes_pictures_are_the_notebooks_and_are_described():
 def test_the_glossary_is_sorted_and_its_references_exist():
     rows = re.findall(r"^\| (.+?) \| (.+) \|$", (ROOT / "notebooks/glossary.md").read_text(encoding="utf-8"), re.M)[1:]
     words = [word for word, _ in rows]
-    assert words == sorted(words, key=str.casefold) and {"CAS", "IS", "UGS", "CFG", "fANOVA", "EMA"} <= set(words)
+    assert words == sorted(words, key=str.casefold) and {"CAS", "IS", "UGS", "CFG", "fANOVA", "token"} <= set(words)
     plain = {re.sub(r" \(.+\)", "", word).casefold() for word in words} | {"pruner"}
     assert {word.casefold() for _, text in rows for word in re.findall(r"\*\*(.+?)\*\*", text)} <= plain
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_is_said_of_digits_is_said_of_the_default_dataset(path):
+    """The text is the same with every ``-p dataset``."""
+    texts = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
+    paragraphs = [part for text in texts for part in re.split(r"\n\n|\n(?=\d\. |- )", text)]
+    assert [part for part in paragraphs if re.search(r"\bdigits?\b", part, re.I) and "default" not in part] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_cells_use_no_private_names_and_type_no_result(path):
+    cells = nbformat.read(path, 4).cells
+    code = [c.source.replace("    %pip", "    pass  #") for c in cells if c.cell_type == "code"]
+    used = {node.attr for source in code for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    assert {name for name in used if re.match("_[a-z]", name)} == set()
+    texts = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    assert re.findall(r"\d ± \d|\d\.\d+ ?%", texts) == []
+
+
+def test_the_shares_of_hyperbands_brackets_are_optunas():
+    (text,) = (c.source for c in nbformat.read(NOTEBOOKS[3], 4).cells if "brackets* with" in c.source)
+    written = [int(share) for share in re.search(r"\d+(?::\d+){4}", text)[0].split(":")]
+    pruner = optuna.pruners.HyperbandPruner(1, 100, 3)
+    pruner.prune(optuna.create_study(), optuna.trial.create_trial(value=0.0))  # makes its brackets
+    shares = pruner._trial_allocation_budgets
+    assert sorted(written) == sorted(shares)
+    # Each bracket begins with 10 trials at random.
+    at_random = sum(min(10, round(50 * share / sum(shares))) for share in shares)
+    assert 25 < at_random < 50 and "more than half of the 50 trials are random" in text
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -128,3 +168,58 @@ def test_a_chapter_runs_alone_and_reuses_what_is_there(tmp_path):
     assert again.returncode == 0, again.stderr[-2000:]
     assert "Step " not in printed(tmp_path / "2.ipynb")
     assert [path.stat().st_mtime_ns for path in checkpoints] == times
+
+
+AWKWARD = "dark & $x^$"  # markup in HTML, and no formula of matplotlib's
+
+
+def four_images(folder: Path) -> Path:
+    """A folder of two classes, one of an awkward name, with four images each."""
+    noise = np.random.default_rng(0)
+    for label, name in enumerate((AWKWARD, "bright")):
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = noise.integers(0, 100, (8, 8, 3)) + 120 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_the_chapters_go_through_with_four_images_a_class(tmp_path):
+    """Those with cells of a fixed number of images; what they print of the results is computed from them."""
+    given = {**small.SMALL, "dataset": four_images(tmp_path / "pets"), "runs_dir": tmp_path / "runs"}
+    said = {}
+    for chapter in ("02_transfer", "06_retune", "07_cas_tables"):
+        output = tmp_path / f"{chapter}.ipynb"
+        result = papermill(f"{chapter}.ipynb", output, tmp_path, **given)
+        assert result.returncode == 0, result.stderr[-2000:]
+        said[chapter[:2]] = printed(output)
+        assert [text for text in shown_as_html(output) if AWKWARD in text] == []
+    assert not any("digit" in text for text in said.values())
+    # One of two classes of the same size.
+    assert "always the largest class: 50.0%" in said["02"] and "chance" not in said["02"]
+    pairs = re.findall(r"after \d minus after \d: (\S+) points, interval (\S+) to (\S+): (.+)", said["06"])
+    assert len(pairs) == 4
+    for mean, low, high, verdict in pairs:
+        mean, low, high = map(float, (mean, low, high))
+        assert low <= mean <= high
+        words = "better" if low > 0 else "worse" if high < 0 else "no difference is shown"
+        assert verdict == words
+    assert re.search(r"validation images choose: x\d", said["07"])
+
+
+def test_chapter_01_draws_the_classes_that_it_shows(tmp_path):
+    noise, labels = np.random.default_rng(0), np.arange(120).repeat(3)
+    images = noise.integers(0, 255, (len(labels), 8, 8)).astype(np.uint8)
+    parts = {
+        f"{part}_{what}": value
+        for part in ("train", "val", "test")
+        for what, value in (("images", images), ("labels", labels))
+    }
+    np.savez(tmp_path / "many.npz", **parts)
+    given = {**small.SMALL, "num_images": 120, "dataset": tmp_path / "many.npz", "runs_dir": tmp_path / "runs"}
+    result = papermill("01_encoder_swap.ipynb", tmp_path / "out.ipynb", tmp_path, **given)
+    assert result.returncode == 0, result.stderr[-2000:]
+    text = (tmp_path / "out.ipynb").read_text(encoding="utf-8")
+    drawn = [int(total) for total in re.findall(r"from classes:[^\"]*?/(\d+) \[", text)]
+    assert drawn and max(drawn) <= 60
+    assert "the rows are the same" in printed(tmp_path / "out.ipynb")

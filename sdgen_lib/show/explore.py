@@ -70,9 +70,9 @@ class GuidanceExplorer(Explorer):
         when = " when it was pruned" if near.pruned else ""
         self.words.say(
             f"drawn in {seconds:.2f} s | nearest trial, number {near.name}: IS {near.IS:.0f}, UGS {near.UGS:.2f}, "
-            f"CAS {near.value:.1%}{when}"
+            f"accuracy {near.value:.1%}{when}"
         )
-        title = f"IS {where[0]}, UGS {where[1]:.1f}; CAS of the nearest trial {near.value:.1%}{when}"
+        title = f"IS {where[0]}, UGS {where[1]:.1f}; accuracy of the nearest trial {near.value:.1%}{when}"
         return figures.image_grid([images], [""], [names[i] for i in labels], scale=0.95, title=title)
 
 
@@ -270,4 +270,4 @@ def _reached(row: pd.Series) -> str:
     """What is said of a trial: the accuracy of a pruned one never without the epochs that it had."""
     if row.pruned:
         return f"pruned after {row.classifier_epochs:.0f} epochs, at {row.value:.1%}"
-    return f"CAS {row.value:.1%}" + ("" if np.isnan(row.rescored) else f", drawn anew {row.rescored:.1%}")
+    return f"accuracy {row.value:.1%}" + ("" if np.isnan(row.rescored) else f", drawn anew {row.rescored:.1%}")

@@ -153,7 +153,7 @@ def real_beside_synthetic(real: Split, synthetic: Split, class_names: Sequence[s
 def confusions(matrices: dict[str, np.ndarray], class_names: Sequence[str]) -> Figure:
     """Confusion matrices (C, C) side by side, by their title: rows the true class; the shade is the row's share."""
     count = len(class_names)
-    side = 0.34 * count + 1.4
+    side = max(3.4, 0.34 * count + 1.4)  # the title needs so much
     figure, axes = new_axes(1, len(matrices), size=(side * len(matrices), side))
     for ax, (title, matrix) in zip(np.atleast_1d(axes), matrices.items()):
         share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)

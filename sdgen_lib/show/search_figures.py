@@ -35,8 +35,9 @@ def loss_curve(history: pd.DataFrame, title: str) -> Figure:
         "right": (BLUE, "-", "held out, right label"),
     }
     for column, (colour, line, name) in styles.items():
-        ax.plot(history.index, history[column], line, color=colour, label=name)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        dot = "o" if len(history) == 1 else None  # one epoch is no line
+        ax.plot(history.index, history[column], line, color=colour, label=name, marker=dot)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set(xlabel="epoch", ylabel="mean squared error of the noise", title=title)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the axes: inside it would hide a curve
     return figure
@@ -109,7 +110,7 @@ def trials(study: optuna.Study, title: str = "") -> Figure:
     left.set(xlabel=LABELS["IS"], ylabel=LABELS["UGS"])
     right.set(xlabel="trial", ylabel="accuracy on real images")
     for ax in (left, right):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(frame):
             ax.legend(fontsize=8)
     percent_axis(right)
@@ -157,7 +158,7 @@ def rescored(study: optuna.Study) -> Figure:
 def trials_by_parameter(frame: pd.DataFrame, chosen: int | None = None) -> Figure:
     """All four numbers of each trial (rows of `trials_frame`): IS and UGS, epoch and CAS; ``chosen`` is ringed.
 
-    A pruned trial has no CAS: it lies on a line below, see `heights`.
+    A pruned trial has no accuracy to compare: it lies on a line below, see `heights`.
     """
     at = frame.assign(value=heights(frame))
     figure, axes = new_axes(1, 2, size=(9.2, 3.4))
@@ -165,11 +166,11 @@ def trials_by_parameter(frame: pd.DataFrame, chosen: int | None = None) -> Figur
         scale = _coloured(ax, frame, x, y, least_span=1)
         if chosen is not None:
             ax.scatter(at.loc[chosen, x], at.loc[chosen, y], **RING)
-        ax.set(xlabel=LABELS[x], ylabel=LABELS.get(y, "CAS (real images of the search)"))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set(xlabel=LABELS[x], ylabel=LABELS.get(y, "accuracy (real images of the search)"))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes[0].legend(fontsize=8)
     percent_axis(axes[1])
-    figure.colorbar(scale, ax=axes, label="CAS (%)")
+    figure.colorbar(scale, ax=axes, label="accuracy (%)")
     return figure
 
 
@@ -181,7 +182,7 @@ def slices(study: optuna.Study) -> Figure:
         _points(ax, frame[name], heights(frame), is_pruned(frame), size=30)
         ax.set(xlabel=LABELS[name])
         if name != "UGS":
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         percent_axis(ax)
     axes[0].set_ylabel("accuracy on real images")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
@@ -211,11 +212,11 @@ def contour(study: optuna.Study, x: str = "IS", y: str = "UGS", *, pruned: bool 
             ax.set_title(f"a random forest's expectation at {third} {level:.4g},\nfrom {found.said}", fontsize=9)
     for kind, (_, marker, label) in KINDS.items():
         part = frame[stopped == kind]
-        ax.scatter(part[x], part[y], color="white", edgecolor="black", s=30, marker=marker, label=label)
+        ax.scatter(part[x], part[y], color="white", edgecolor="black", s=30, marker=marker, label=label, clip_on=False)
     ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
     for name, axis in ((x, ax.xaxis), (y, ax.yaxis)):
         if name != "UGS":
-            axis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(False)
     if len(frame):
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
@@ -263,5 +264,5 @@ def importance_bars(
     ax.set_yticks(positions, [LABELS[p] for p in PARAMETERS])
     ax.invert_yaxis()
     ax.set(xlabel="share of the variance of the accuracy (fANOVA)", xlim=(0, 1))
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the axes: inside it would hide a line
     return figure

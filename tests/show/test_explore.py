@@ -68,7 +68,7 @@ def test_sliders_redraw_the_same_seeds(finished):
     explorer.steps.value, explorer.scale.value, explorer.who.value = 5, 2.5, 7
     images = course.draw(Point(5, 2.5, epoch), torch.full((10,), 7), "explorer")
     near = explore.nearest_trial(trials_frame(study).query("not pruned"), {"IS": 5, "UGS": 2.5})
-    title = f"IS 5, UGS 2.5; CAS of the nearest trial {near.value:.1%}"
+    title = f"IS 5, UGS 2.5; accuracy of the nearest trial {near.value:.1%}"
     assert explorer.image.value == drawn(figures.image_grid([images], [""], ["7"] * 10, scale=0.95, title=title))
     assert f"number {near.name}:" in explorer.words.value and f"{near.value:.1%}" in explorer.words.value
     best = chosen(study).params
@@ -93,7 +93,7 @@ def test_only_complete_trials_say_a_cas_beside_the_sliders(finished, study_of):
     study = study_of([(5, 0.5, 1, 0.4, False), (9, 0.8, 2, 0.9, True), (3, 0.9, 2, 0.6, False)])
     explorer = explore.GuidanceExplorer(finished.course, study)
     explorer.steps.value, explorer.scale.value = 9, 0.8
-    assert "number 0: IS 5, UGS 0.50, CAS 40.0%" in explorer.words.value and "pruned" not in explorer.words.value
+    assert "number 0: IS 5, UGS 0.50, accuracy 40.0%" in explorer.words.value and "pruned" not in explorer.words.value
 
 
 def test_the_sliders_begin_at_what_rescoring_chose(finished, study_of):
@@ -219,9 +219,9 @@ def test_a_pruned_trials_accuracy_is_never_said_without_its_epochs(micro, tmp_pa
     explorer.update(study)
     tooltips = [button.tooltip for button in explorer.points.children[1:]]
     assert tooltips == 2 * [
-        "trial 0: CAS 30.0%",
+        "trial 0: accuracy 30.0%",
         "trial 1: pruned after 3 epochs, at 40.0%",
-        "trial 2: CAS 50.0%, drawn anew 45.0%",
+        "trial 2: accuracy 50.0%, drawn anew 45.0%",
     ]
 
 

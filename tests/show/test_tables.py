@@ -191,7 +191,8 @@ def test_the_papers_column_is_counted_at_the_papers_size_and_batch(counted, tmp_
     assert list(table.columns) == ["this recipe", "-p recipe paper"]
     assert list(table.index) == ["1_transfer", "2_tune", "3_finetune", "4_retune", "5_datasets"]
     demo, paper = counted[:5], counted[5:]
-    # 8 epochs of 1600 images at batch 32, against 50 of the training set at 64; each with three held-out losses of two noises.
+    # 8 epochs of 1600 images at batch 32, against 50 of the training set at 64; after each, held-out losses:
+    # three, of two noises.
     assert images_by_kind(demo[0])["context gradient", 32, 0] == 8 * 1600
     assert images_by_kind(paper[0])["context gradient", 64, 0] == 50 * n
     assert images_by_kind(paper[0])["unet", 202, 0] == 50 * 3 * 2 * held_out
