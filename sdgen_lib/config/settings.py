@@ -512,9 +512,20 @@ def resolve(recipe: str | None = "auto", backbone: str | None = "auto", **given:
     asked = {**given, "backbone": backbone}
     by_hand = {name: _checked(name, value) for name, value in asked.items() if value is not None}
     names = tuple(sorted(set(by_hand) - {*SHARED, "storage"}))
-    settings = Settings(**{**RECIPES[recipe], **by_hand, "recipe": recipe, "given": names})
+    values = {**RECIPES[recipe], **by_hand, "recipe": recipe, "given": names}
+    settings = Settings(**values | _ends_that_give_way(values, by_hand))
     _check_together(settings)
     return settings
+
+
+def _ends_that_give_way(values: Mapping[str, Any], by_hand: Mapping[str, Any]) -> dict[str, Any]:
+    """The other end of a range whose one end was set by hand beyond it: a recipe's own end follows."""
+    found = {}
+    for low, high in (("steps_min", "steps_max"), ("guidance_min", "guidance_max")):
+        lowest, highest = (values.get(name, FIELDS[name].default) for name in (low, high))
+        if lowest > highest and (low in by_hand) != (high in by_hand):
+            found |= {low: highest} if high in by_hand else {high: lowest}
+    return found
 
 
 def _check_together(settings: Settings) -> None:

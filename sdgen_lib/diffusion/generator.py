@@ -51,8 +51,8 @@ class LatentGenerator:
     ``image_size``: pixels, the side of its images.
     """
 
-    backbone: Backbone
-    conditioner: Conditioner
+    backbone: Backbone = dataclasses.field(repr=False)  # thousands of lines
+    conditioner: Conditioner = dataclasses.field(repr=False)
     class_names: tuple[str, ...]
     num_inference_steps: int
     guidance_scale: float
@@ -61,7 +61,7 @@ class LatentGenerator:
     antialias: bool = True
     batch_size: int = 128
     compiles: bool = False
-    unet: tuple[str, Callable[[], dict[str, torch.Tensor] | None]] | None = None
+    unet: tuple[str, Callable[[], dict[str, torch.Tensor] | None]] | None = dataclasses.field(default=None, repr=False)
     fingerprint: str = ""
 
     def __call__(

@@ -95,9 +95,7 @@ def write_npz(data: ImageData, folder: Path, parts: Mapping[str, Part]) -> dict[
 
 def write_parquet(data: ImageData, folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
     """``data/train-00000-of-00003.parquet`` ..., a file for each block; returns what the card's header says of it."""
-    import pyarrow as pa  # here, because nothing else needs it
-    import pyarrow.parquet as pq
-
+    pa, pq = _pyarrow()
     (folder / "data").mkdir()
     features = {"image": {"_type": "Image"}, "label": {"names": list(data.class_names), "_type": "ClassLabel"}}
     schema = pa.schema(
@@ -112,6 +110,18 @@ def write_parquet(data: ImageData, folder: Path, parts: Mapping[str, Part]) -> d
             pq.write_table(table, path, row_group_size=100)  # small: a viewer reads one group for a page
     patterns = [{"split": HUB_PARTS[part], "path": f"data/{HUB_PARTS[part]}-*"} for part in parts]
     return {"configs": [{"config_name": "default", "data_files": patterns}]}
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    """Imported here, because nothing else needs it. Raises ImportError that says how to get it."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "Parquet files need pyarrow: pip install pyarrow, or export to folder or npz instead."
+        ) from error
+    return pyarrow, pyarrow.parquet
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -309,11 +309,18 @@ def unet_losses(
 # --- the command ---
 
 
+def _folder(text: str) -> Path:
+    """A folder that may be made; an empty name would be the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: name a folder")
+    return Path(text)
+
+
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options. Raises SystemExit for wrong ones."""
     description = "Train the tiny Stable Diffusion from scratch, on pictures made of fonts and chance."
     parser = argparse.ArgumentParser(prog="python -m sdgen_lib pretrain", description=description)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the finished model (diffusers layout)")
+    parser.add_argument("--out", type=_folder, required=True, help="folder for the finished model (diffusers layout)")
     parser.add_argument("--vae-steps", type=int, default=1400)
     parser.add_argument("--unet-steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=128)

@@ -263,6 +263,22 @@ def test_guidance_min_above_guidance_max_is_refused():
         resolve(recipe="paper", guidance_min=2, guidance_max=1.5)
 
 
+@pytest.mark.parametrize(
+    ("given", "then"),
+    [
+        ({"steps_max": 5}, {"steps_min": 5, "steps_max": 5}),
+        ({"steps_min": 40}, {"steps_min": 40, "steps_max": 40}),
+        ({"guidance_max": 0.5}, {"guidance_min": 0.5, "guidance_max": 0.5}),
+        ({"guidance_min": 6}, {"guidance_min": 6.0, "guidance_max": 6.0}),
+        ({"steps_max": 12}, {"steps_min": RECIPES["demo"]["steps_min"], "steps_max": 12}),
+    ],
+)
+def test_a_recipes_end_of_a_range_follows_the_one_that_is_given(given, then):
+    settings = resolve(recipe="demo", backbone="tiny", **given)
+    assert {name: getattr(settings, name) for name in then} == then
+    assert set(settings.given) == set(given)
+
+
 def test_steps_min_above_steps_max_is_refused():
     with pytest.raises(ValueError, match=r"steps_min \(30\) must not exceed steps_max \(20\)"):
         resolve(recipe="demo", steps_min=30, steps_max=20)

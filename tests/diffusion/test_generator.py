@@ -35,6 +35,10 @@ def test_it_draws_at_its_point(generator):
     assert torch.equal(generator(labels, **how, batch_size=1), expected)
 
 
+def test_it_is_said_in_a_line(generator):
+    assert len(repr(generator)) < 400 and "num_inference_steps=3, guidance_scale=2.0" in repr(generator)
+
+
 def test_its_images_are_as_it_was_made_to_draw_them(generator):
     how = dict(image_size=16, antialias=False, sampler="dpm-solver++")
     made = dataclasses.replace(generator, **how)

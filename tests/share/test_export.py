@@ -24,7 +24,7 @@ from sdgen_lib.data import Split
 from sdgen_lib.diffusion import weights
 from sdgen_lib.evaluate.sets import block_step, synthetic
 from sdgen_lib.share import export, generator
-from sdgen_lib.share.formats import folder_names
+from sdgen_lib.share.formats import folder_names, write_parquet
 from sdgen_lib.share.reopen import choices, workspace_of
 from sdgen_lib.store import files
 from sdgen_lib.store.run import digest, results
@@ -116,6 +116,12 @@ def test_npz_by_medmnist(taken, expected, tmp_path):
         assert same(as_split(medmnist.BreastMNIST(part, root=tmp_path)), expected[part])
     with npz_of(taken["npz"]) as file:
         assert file["train_labels"].shape == (12, 1) and file["train_labels"].dtype == np.uint8
+
+
+def test_a_missing_pyarrow_gives_the_ways_out(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="need pyarrow: pip install pyarrow, or export to folder or npz"):
+        write_parquet(None, tmp_path, {})
 
 
 def test_parquet_by_datasets(taken, expected, tmp_path):

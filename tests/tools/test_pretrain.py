@@ -160,3 +160,10 @@ def test_a_wrong_device_is_refused(capsys, tmp_path):
     with pytest.raises(SystemExit):
         pretrain.main(["--out", str(tmp_path / "model"), "--device", "gpu"])
     assert "A device is" in capsys.readouterr().err and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_a_folder_without_a_name_is_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(["--out", name])
+    assert "argument --out: it is empty: name a folder" in capsys.readouterr().err
