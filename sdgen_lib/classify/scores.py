@@ -29,7 +29,14 @@ class Score:
 
     @classmethod
     def of(cls, predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> Score:
-        """The score of ``predicted`` classes, int64 (N,), where the ``labels``, int64 (N,), are right."""
+        """The score of ``predicted`` classes, int64 (N,), where the ``labels``, int64 (N,), are right.
+
+        Raises ValueError if there is none, if they are not as many, or for a class outside 0 .. ``num_classes`` - 1.
+        """
+        _check_classes("The predictions", predicted, num_classes)
+        _check_classes("The labels", labels, num_classes)
+        if len(predicted) != len(labels):
+            raise ValueError(f"There are {len(predicted)} predictions for {len(labels)} labels; give one for each.")
         counts = torch.bincount(labels, minlength=num_classes).tolist()
         right = torch.bincount(labels[predicted == labels], minlength=num_classes).tolist()
         per_class = tuple(hits / count if count else math.nan for hits, count in zip(right, counts))
@@ -62,8 +69,19 @@ def score(
 ) -> Result:
     """Trains a classifier and tests it on each of the real ``tests``: the CAS, if ``training`` was generated.
 
-    (Ravuri and Vinyals 2019.) ``options`` and errors as in `train_classifier`.
+    (Ravuri and Vinyals 2019.) ``options`` as in `train_classifier`. Raises ValueError as that does, and before
+    anything is trained: for images that are not uint8 (N, 3, H, W), labels outside 0 .. ``num_classes`` - 1 (those of
+    ``training`` may be probabilities), or a set to choose or test with that is empty.
     """
+    parts = training.parts if isinstance(training, Mixture) else (training,)
+    for number, part in enumerate(parts, 1):
+        name = "training" if len(parts) == 1 else f"part {number} of training"
+        _check_images(name, part)
+        if len(part) and not part.labels.is_floating_point():  # a part may be empty; all together are `Mixture`'s error
+            _check_classes(f"The labels of {name}", part.labels, num_classes)
+    for name, split in {"val": val, **{f"tests[{name!r}]": test for name, test in tests.items()}}.items():
+        _check_images(name, split)
+        _check_classes(f"The labels of {name}", split.labels, num_classes)
     steps = 0
 
     def count(taken: int) -> None:
@@ -76,3 +94,27 @@ def score(
     best = max(history)
     scores = {name: Score.of(predict(model, test.images), test.labels, num_classes) for name, test in tests.items()}
     return Result(best, history.index(best) + 1, len(history), steps, scores)
+
+
+def _check_images(name: str, split: Split) -> None:
+    """Raises ValueError unless the images of ``split`` are uint8 (N, 3, H, W), one for each label."""
+    images = split.images
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"The images of {name} are {images.dtype} {tuple(images.shape)}; they must be uint8 (N, 3, H, W), 0..255."
+        )
+    if len(images) != len(split.labels):
+        raise ValueError(f"{name} has {len(images)} images and {len(split.labels)} labels; give one for each.")
+
+
+def _check_classes(name: str, classes: torch.Tensor, num_classes: int) -> None:
+    """Raises ValueError unless ``classes`` are whole numbers (N,), at least one, from 0 to ``num_classes`` - 1."""
+    if classes.ndim != 1 or classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise ValueError(f"{name} are {classes.dtype} {tuple(classes.shape)}; they must be whole numbers (N,).")
+    if not len(classes):
+        raise ValueError(f"{name} are none: there is no image to measure with; give one or more.")
+    if outside := sorted({int(c) for c in (classes.min(), classes.max()) if not 0 <= c < num_classes}):
+        raise ValueError(
+            f"{name} hold {' and '.join(map(str, outside))}; with {num_classes} classes they must be "
+            f"0 .. {num_classes - 1}."
+        )

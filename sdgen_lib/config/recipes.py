@@ -63,6 +63,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         weight_decay=0.0,
         sample_batch_size=200,
         n_trials=18,
+        n_trials_retune=12,
         num_images=400,
         steps_min=8,
         steps_max=16,

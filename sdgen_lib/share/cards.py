@@ -15,7 +15,7 @@ from huggingface_hub import DatasetCardData, ModelCardData
 from ..data import ImageData, named
 from ..diffusion import weights
 from ..show.names import printable
-from ..show.tables import percent
+from ..show.tables import BY_TEST_IMAGES, percent, standard_error, taught_too_little
 from ..store.run import Result
 from .origin import Origin
 
@@ -213,20 +213,24 @@ def _method(origin: Origin) -> str:
 
 def _cas(origin: Origin, data: ImageData, measured: Mapping[str, Result | None]) -> str:
     rows = [(name, *_accuracies(row)) for name, row in measured.items()]
-    table = _table(("trained on", "accuracy", "balanced accuracy"), rows)
+    table = _table(("trained on", "accuracy", "balanced accuracy", BY_TEST_IMAGES), rows)
     largest = data.test.labels.bincount().max().item() / len(data.test)
     table += f"\n\nAlways naming the largest class would be right in {100 * largest:.1f} %."
+    for line in taught_too_little({name: row.facts for name, row in measured.items() if row is not None}):
+        table += f"\n\n{_cell(line)}"
     if origin.settings.get("select_on") == "test":
         table += "\n\nThe search selected on these same TEST images: the numbers flatter."
     return table
 
 
-def _accuracies(row: Result | None) -> tuple[str, str]:
+def _accuracies(row: Result | None) -> tuple[str, str, str]:
     if row is None:
-        return "not measured in this run", ""
+        return "not measured in this run", "", ""
     count = len(row.facts["test"])
     classifiers = "one classifier" if count == 1 else f"{count} classifiers"
-    return f"{percent(row.facts['test'])} % ({classifiers})", f"{percent(row.facts['balanced_test'])} %"
+    mean, images = sum(row.facts["test"]) / count, row.facts.get("num_test")
+    error = f"{100 * standard_error(mean, images):.1f}" if images else ""
+    return f"{percent(row.facts['test'])} % ({classifiers})", f"{percent(row.facts['balanced_test'])} %", error
 
 
 def _licence(origin: Origin) -> str:

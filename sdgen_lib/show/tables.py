@@ -21,11 +21,22 @@ from .figures import BLUE, GREEN, GREY, ORANGE, PINK, new_axes, percent_axis
 
 Rows = Mapping[str, Mapping[str, Any]]  # of a table, by name: facts as `evaluate.rows.accuracies` has them, and more
 
+# The lines below an accuracy. The two errors have names of their own: they are of different things.
+OVER_CLASSIFIERS = "mean ± st. dev. of its classifiers"
+BY_TEST_IMAGES = "standard error by the test images, points"
+LARGEST = "always the largest class"
+ROUNDING = 1e-6  # an accuracy is a float32's mean: 70 of 100 may be less than 0.7
+
 
 def percent(values: Sequence[float]) -> str:
     """Fractions -> "94.1 ± 0.7": their mean in percent and, of several, the standard deviation."""
-    spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    spread = f" ± {100 * _spread(values):.1f}" if len(values) > 1 else ""
     return f"{100 * np.mean(values):.1f}{spread}"
+
+
+def _spread(values: Sequence[float]) -> float:
+    """The standard deviation of a row's classifiers; of one it is not known: NaN."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
 # --- the tables ---
@@ -44,44 +55,45 @@ def table_2(course: Course) -> pd.DataFrame:
 def cas_table(rows: Rows, dataset: str) -> pd.DataFrame:
     """Table 1: CAS after each step in percent, mean ± standard deviation over classifiers. Empty without rows.
 
-    Below it the published row of the same dataset where there is one, marked as published.
+    Below it, always: the standard error that the test images leave, the balanced accuracy, and the answer "always the
+    largest class"; an empty cell where an older row does not say it. Last the published row of the same dataset where
+    there is one, marked as published.
     """
     on_test = any(row.get("select_on") == "test" for row in rows.values())
     what = "CAS %" + (" (selected on the TEST set)" if on_test else "")
-    accuracies = _accuracies(rows, what)
-    table = pd.DataFrame({name: accuracies[name] | _how_drawn(rows[name]) for name in sorted(rows)})
+    table = pd.DataFrame({name: _accuracy(rows[name], what) | _how_drawn(rows[name]) for name in sorted(rows)})
     return _with_published(table, dataset, paper.TABLE_1, "CAS % ({}, 4000 images)")
 
 
 def scaling_table(rows: Rows, dataset: str) -> pd.DataFrame:
     """Table 2: accuracy in percent of classifiers trained on real images, and on x1 .. xK. Empty without rows.
 
-    The published row is as in `cas_table`.
+    What stands below it is as in `cas_table`.
     """
-    accuracies = _accuracies(rows, "accuracy %")
-    table = pd.DataFrame({name: accuracies[name] | {"training images": rows[name]["num_images"]} for name in rows})
+    columns = {
+        name: _accuracy(row, "accuracy %") | {"training images": row["num_images"]} for name, row in rows.items()
+    }
+    table = pd.DataFrame(columns)
     return _with_published(table, dataset, paper.TABLE_2, "accuracy % ({})")
 
 
-def _accuracies(rows: Rows, what: str) -> dict[str, dict[str, str]]:
-    """Each row's accuracy on real test images, and what has to be known to judge it."""
-    found: dict[str, dict[str, str]] = {}
-    for name, row in rows.items():
-        found[name] = {what: percent(row["test"])}
-        if "num_test" in row:
-            error = standard_error(np.mean(row["test"]), row["num_test"])
-            found[name]["standard error by the test images"] = f"{100 * error:.1f}"
-        if "balanced_test" in row:
-            found[name][f"balanced {what}"] = percent(row["balanced_test"])
-        if "largest_class" in row:
-            found[name]["always the largest class %"] = percent([row["largest_class"]])
-    return found
+def _accuracy(row: Mapping[str, Any], what: str) -> dict[str, str]:
+    """A row's accuracy on real test images, and what has to be known to judge it; "" for what the row does not say."""
+    accuracies = row["test"]
+    error = f"{100 * standard_error(np.mean(accuracies), row['num_test']):.1f}" if "num_test" in row else ""
+    return {
+        f"{what}, {OVER_CLASSIFIERS}": percent(accuracies),
+        BY_TEST_IMAGES: error,
+        f"balanced {what}, {OVER_CLASSIFIERS}": percent(row["balanced_test"]) if "balanced_test" in row else "",
+        f"{LARGEST} %": percent([row["largest_class"]]) if "largest_class" in row else "",
+    }
 
 
 def standard_error(share: float, count: int) -> float:
     """Of an accuracy of ``share`` (0..1) on ``count`` test images: what another choice of these would change.
 
-    Of a binomial, at the share that Agresti and Coull (1998) take, which is never 0 or 1.
+    sqrt(p (1 - p) / n) with two right and two wrong images more, as Agresti and Coull (1998) count: it is never 0. Of
+    the mean of several classifiers it is an upper bound.
     """
     near = (share * count + 2) / (count + 4)
     return float(np.sqrt(near * (1 - near) / (count + 4)))
@@ -93,7 +105,13 @@ def compared(values: Sequence[float], others: Sequence[float]) -> tuple[float, f
     ``values``, ``others``: accuracies, as fractions, of as many classifiers. From low to high is the 95 % interval of
     the mean, Student's; it covers the classifiers' random starts alone. A single pair has none: NaN. The verdict is
     "better" or "worse" where the interval leaves 0 out, "no difference is shown" where it does not.
+    Raises ValueError for rows of different numbers of classifiers, or of none.
     """
+    if len(values) != len(others) or not len(values):
+        raise ValueError(
+            f"The rows have {len(values)} and {len(others)} classifiers; pairs need the same number, one or more: make "
+            "both rows with the same classifier_seeds."
+        )
     pairs = 100 * np.subtract(values, others)
     mean = float(pairs.mean())
     if len(pairs) < 2:
@@ -107,17 +125,19 @@ def taught_too_little(rows: Rows) -> list[str]:
     """A sentence for each row whose classifiers are no better than an answer that looks at no image."""
     said = []
     for name, row in rows.items():
-        mean, largest = np.mean(row["test"]), row.get("largest_class", 0)
-        if mean < largest:
+        mean, largest = np.mean(row["test"]), row.get("largest_class", 0.0)
+        if mean < largest - ROUNDING:
             said.append(
                 f"{name}: {mean:.1%} is below the {largest:.1%} of always answering the largest class. These images "
                 "taught the classifiers less than that."
             )
-        chance = 1 / row["num_classes"] if "num_classes" in row else 0
-        balanced = row.get("balanced_test", [1.0])
-        if np.mean(balanced) - (np.std(balanced, ddof=1) if len(balanced) > 1 else 0) <= chance:
+        if "num_classes" not in row or "balanced_test" not in row:  # an older row
+            continue
+        balanced, chance = row["balanced_test"], 1 / row["num_classes"]
+        if np.mean(balanced) - np.nan_to_num(_spread(balanced)) <= chance + ROUNDING:
+            above = ", by more than its spread" if np.mean(balanced) > chance + ROUNDING else ""
             said.append(
-                f"{name}: the balanced accuracy, {np.mean(balanced):.1%}, is no better than chance, {chance:.1%}."
+                f"{name}: the balanced accuracy, {percent(balanced)} %, is not above chance, {chance:.1%}{above}."
             )
     return said
 
@@ -141,42 +161,22 @@ def _with_published(table: pd.DataFrame, dataset: str, published: pd.DataFrame, 
 # --- figures of them ---
 
 
+DATA_SHARE = 0.25  # of a figure's height, at least: a line so far below the data that they had less is only named
+SMALLEST_SPAN = 0.04  # of a figure's vertical axis: smaller differences are not blown up
+
+
 def steps_figure(course: Course) -> Figure:
     """CAS after each step, a dot for every classifier, with chance and the answer "always the largest class".
 
     Raises ValueError without a row of table 1.
     """
     rows = _made(course, 1)
-    figure, ax = new_axes(size=(7.4, 3.4))
-    names = sorted(rows)
-    _dots(ax, {name: rows[name]["test"] for name in names}, "generated images")
-    ax.axhline(1 / course.data.num_classes, color=GREY, linestyle=":", label="chance")
+    figure, ax = new_axes(size=(6.8, 3.8))
+    values = {name: rows[name]["test"] for name in sorted(rows)}
+    _dots(ax, values)
     ax.set(ylabel="CAS (real test images)")
-    _finished(ax, rows)
-    return figure
-
-
-def _dots(ax: Axes, values: Mapping[str, Sequence[float]], what: str) -> None:
-    """A dot for each classifier, and mean and standard deviation of each row beside them."""
-    names = list(values)
-    for name in names:
-        dots = ax.scatter([name] * len(values[name]), values[name], color=ORANGE, s=18, zorder=3)
-    if names:
-        dots.set_label("each classifier")
-    means = [np.mean(values[name]) for name in names]
-    spreads = [np.std(values[name], ddof=1) if len(values[name]) > 1 else 0.0 for name in names]
-    label = f"{what}: mean" + (" ± standard deviation" if any(len(v) > 1 for v in values.values()) else "")
-    at = np.arange(len(names)) + 0.12  # beside the dots, which it would cover
-    ax.errorbar(at, means, yerr=spreads, fmt="o", color=BLUE, capsize=4, label=label)
-
-
-def _finished(ax: Axes, rows: Rows) -> None:
-    """The line of the largest class, a legend beside the axes, and percent on the vertical one."""
-    if largest := max((row.get("largest_class", 0) for row in rows.values()), default=0):
-        ax.axhline(largest, color=PINK, linestyle="-.", label="always the largest class")
-    ax.margins(x=0.1, y=0.1)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    percent_axis(ax)
+    _levels(ax, _largest_class(rows) | {"chance": (1 / course.data.num_classes, GREY, ":")}, [*values.values()])
+    return _finished(figure, ax)
 
 
 def scaling_figure(course: Course) -> Figure:
@@ -185,15 +185,68 @@ def scaling_figure(course: Course) -> Figure:
     Raises ValueError without a row of table 2.
     """
     rows = _made(course, 2)
-    figure, ax = new_axes(size=(7.4, 3.4))
-    real, names = rows.get(REAL, {}).get("test"), [name for name in rows if name != REAL]
-    if real:
-        mean, spread = np.mean(real), np.std(real, ddof=1) if len(real) > 1 else 0.0
-        ax.axhline(mean, color=GREEN, linestyle="--", label="real images: mean ± standard deviation")
-        ax.axhspan(mean - spread, mean + spread, color=GREEN, alpha=0.15)
-    _dots(ax, {name: rows[name]["test"] for name in names}, "generated images")
+    figure, ax = new_axes(size=(6.8, 3.8))
+    values = {name: row["test"] for name, row in rows.items()}
+    if real := values.get(REAL):
+        ax.axhline(np.mean(real), color=GREEN, linestyle="--", label=f"real images: {_said(real)}")
+        if len(real) > 1:
+            ax.axhspan(np.mean(real) - _spread(real), np.mean(real) + _spread(real), color=GREEN, alpha=0.15)
+    _dots(ax, {name: found for name, found in values.items() if name != REAL})
     ax.set(xlabel="size of the synthetic set, times the real one", ylabel="accuracy on real test images")
-    _finished(ax, rows)
+    _levels(ax, _largest_class(rows), [*values.values()])
+    return _finished(figure, ax)
+
+
+def _said(*rows: Sequence[float]) -> str:
+    """What is drawn of rows with so many classifiers: "mean ± st. dev. of 3 classifiers"."""
+    counts = sorted({len(row) for row in rows})
+    if counts == [1]:
+        return "one classifier"
+    return f"mean ± st. dev. of {' or '.join(map(str, counts))} classifiers"
+
+
+def _dots(ax: Axes, values: Mapping[str, Sequence[float]]) -> None:
+    """A dot for each classifier of generated images, and beside the dots of a row their mean and standard deviation."""
+    names, rows = list(values), list(values.values())
+    for at, row in enumerate(rows):
+        label = None if at else "generated images: each classifier"
+        ax.scatter([at] * len(row), row, color=ORANGE, s=18, zorder=3, label=label)
+    if any(len(row) > 1 for row in rows):
+        at = np.arange(len(rows)) + 0.03 * len(rows)  # beside the dots, by a share of the width
+        means, spreads = [np.mean(row) for row in rows], [_spread(row) for row in rows]
+        ax.errorbar(at, means, spreads, fmt="o", color=BLUE, capsize=4, label=f"generated images: {_said(*rows)}")
+    ax.set_xticks(range(len(names)), names)
+    ax.set_xlim(-0.5, max(len(names), 1) - 0.5)
+
+
+def _largest_class(rows: Rows) -> dict[str, tuple[float, str, str]]:
+    """The level of that answer, its colour and its dashes; none for rows that do not say it."""
+    known = [row["largest_class"] for row in rows.values() if "largest_class" in row]
+    return {LARGEST: (max(known), PINK, "-.")} if known else {}
+
+
+def _levels(ax: Axes, levels: Mapping[str, tuple[float, str, str]], rows: Sequence[Sequence[float]]) -> None:
+    """Lines to judge the rows by, and the vertical limits: what is drawn of the rows, and the lines.
+
+    A line above the rows is always seen. One so far below that the rows would lie in a narrow strip is named in the
+    legend alone, with where it is.
+    """
+    ends = [end for row in rows for end in (*row, np.mean(row) - _spread(row), np.mean(row) + _spread(row))]
+    low, high = np.nanmin(ends), max(np.nanmax(ends), *(level for level, _, _ in levels.values()), 0)
+    span = max(high - low, SMALLEST_SPAN)
+    high = max(high, min((low + high + span) / 2, 1))
+    bottom = min([high - span, *(level for level, _, _ in levels.values() if span >= DATA_SHARE * (high - level))])
+    for name, (level, color, dashes) in levels.items():
+        where = "" if level >= bottom else " (below the axis)"
+        ax.axhline(level, color=color, linestyle=dashes, label=f"{name}: {100 * level:.1f} %{where}")
+    margin = 0.08 * (high - bottom)
+    ax.set_ylim(max(bottom - margin, -0.02), min(high + margin, 1.02))
+
+
+def _finished(figure: Figure, ax: Axes) -> Figure:
+    """With a legend below the axes, where it covers nothing, and percent on the vertical one."""
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    percent_axis(ax)
     return figure
 
 

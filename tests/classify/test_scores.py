@@ -1,6 +1,7 @@
 """Scores against scikit-learn's."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -86,3 +87,85 @@ def test_it_learns_the_digits(dtype):
     assert result.tests["test"].accuracy > 0.95 and result.val_accuracy > 0.95
     assert result.tests["test"].balanced_accuracy > 0.95
     assert 1 <= result.best_epoch <= result.epochs == 15
+
+
+# --- what cannot be scored ---
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("wrong", [-1, 3, 7])
+def test_a_class_that_is_not_there_is_named(which, wrong):
+    """It would be cut off: counted as a wrong image, and in no class."""
+    pair = [torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 2, 2])]
+    pair[which][1] = wrong
+    name = ("predictions", "labels")[which]
+    with pytest.raises(ValueError, match=rf"^The {name} hold {wrong}; with 3 classes they must be 0 \.\. 2\.$"):
+        classify.Score.of(*pair, 3)
+    pair[which][2] = 9
+    with pytest.raises(ValueError, match="hold .*9; with 3 classes"):
+        classify.Score.of(*pair, 3)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "labels", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), "3 predictions for 1 labels"),
+        (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), "predictions are none.* one or more"),
+        (torch.zeros(3), torch.zeros(3, dtype=torch.int64), r"torch.float32 \(3,\); they must be whole numbers \(N,\)"),
+        (torch.zeros(2, 2).long(), torch.zeros(2).long(), r"torch.int64 \(2, 2\); they must be whole numbers \(N,\)"),
+        (torch.zeros(2).long(), torch.zeros(2).bool(), r"labels are torch.bool \(2,\); they must be whole numbers"),
+    ],
+)
+def test_what_is_no_list_of_classes_is_refused(predicted, labels, message):
+    with pytest.raises(ValueError, match=message):
+        classify.Score.of(predicted, labels, 3)
+
+
+def split_of(images=None, labels=None):
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8) if images is None else images
+    return data.Split(images, torch.tensor([0, 1, 0, 1]) if labels is None else labels)
+
+
+NO_SPLITS = {
+    "empty": (split_of(torch.zeros(0, 3, 8, 8).byte(), torch.zeros(0).long()), "are none: there is no image"),
+    "label too large": (split_of(labels=torch.tensor([0, 1, 2, 1])), r"hold 2; with 2 classes they must be 0 \.\. 1"),
+    "label below 0": (split_of(labels=torch.tensor([0, -1, 1, 1])), r"hold -1; with 2 classes they must be 0 \.\. 1"),
+    "float images": (
+        split_of(torch.zeros(4, 3, 8, 8)),
+        r"torch.float32 \(4, 3, 8, 8\); they must be uint8 \(N, 3, H, W\)",
+    ),
+    "grey": (split_of(torch.zeros(4, 1, 8, 8).byte()), r"torch.uint8 \(4, 1, 8, 8\); they must be uint8"),
+    "channels last": (split_of(torch.zeros(4, 8, 8, 3).byte()), r"torch.uint8 \(4, 8, 8, 3\); they must be uint8"),
+    "one image": (split_of(torch.zeros(3, 8, 8).byte()), r"torch.uint8 \(3, 8, 8\); they must be uint8"),
+    "fewer labels": (split_of(labels=torch.tensor([0, 1])), "has 4 images and 2 labels; give one for each"),
+}
+
+
+USED = [(which, why) for which in ("training", "val", "tests['far']") for why in NO_SPLITS]
+USED.remove(("training", "empty"))  # the mixture's own error
+
+
+@pytest.mark.parametrize(("which", "why"), USED)
+def test_a_set_that_cannot_be_used_is_named_before_anything_is_trained(which, why, monkeypatch):
+    monkeypatch.setattr("sdgen_lib.classify.scores.train_classifier", None)
+    wrong, message = NO_SPLITS[why]
+    sets = {"training": split_of(), "val": split_of(), "tests['far']": split_of(), which: wrong}
+    tests = {"near": split_of(), "far": sets["tests['far']"]}
+    with pytest.raises(ValueError, match=f"{re.escape(which)}.*{message}"):
+        classify.score(sets["training"], sets["val"], tests, 2)
+
+
+def test_each_part_of_a_mixture_is_looked_at_and_may_be_empty():
+    empty, wrong = NO_SPLITS["empty"][0], NO_SPLITS["label too large"][0]
+    with pytest.raises(ValueError, match="The labels of part 2 of training hold 2; with 2 classes"):
+        classify.score(classify.Mixture((split_of(), wrong)), split_of(), {}, 2)
+    result = classify.score(classify.Mixture((split_of(), empty)), split_of(), {}, 2, width=4, epochs=1)
+    assert result.epochs == 1
+
+
+def test_labels_that_are_probabilities_may_be_trained_on_and_not_measured_with():
+    soft = split_of(labels=torch.tensor([[0.5, 0.5]] * 4))
+    result = classify.score(soft, split_of(), {"test": split_of()}, 2, width=4, epochs=1)
+    assert 0 <= result.tests["test"].accuracy <= 1
+    with pytest.raises(ValueError, match=r"labels of val are torch.float32 \(4, 2\); they must be whole numbers"):
+        classify.score(split_of(), soft, {}, 2)

@@ -2,8 +2,10 @@
 
 import types
 
+import pytest
 import torch
 
+from sdgen_lib.classify import Result, Score
 from sdgen_lib.data import Split
 from sdgen_lib.evaluate import rows
 from sdgen_lib.store import blocks
@@ -47,3 +49,24 @@ def test_a_rows_version_is_in_its_fingerprint(small, tmp_path, monkeypatch):
     assert step.version == rows.ROW_VERSION >= 2
     monkeypatch.setattr(rows, "ROW_VERSION", rows.ROW_VERSION + 1)
     assert course.run.fingerprint(rows.row_step(course.workspace, "table_2/real", None, 6)) != before
+
+
+def test_a_row_says_what_its_accuracy_is_judged_by(small, tmp_path, monkeypatch):
+    """Five test images, three of them of class 1; whatever the classifiers answer."""
+    course = small(tmp_path)
+    data = course.workspace.data
+    five = Split(data.test.images[[0, 1, 2, 3, 3]], data.test.labels[[0, 1, 2, 3, 3]])
+    assert five.labels.tolist() == [0, 1, 0, 1, 1]
+    object.__setattr__(data, "test", five)
+
+    def scored(ws, s, training, tests, options, name):
+        assert list(tests) == ["test"]
+        return [Result(0.5, 1, 1, 1, {"test": Score.of(torch.tensor(p), five.labels, 2)}) for p in ([0] * 5, [1] * 5)]
+
+    monkeypatch.setattr(rows, "scores", scored)
+    step = rows.row_step(course.workspace, "table_2/real", lambda s: rows.Training(data.train), len(data.train))
+    facts = course.run.result(step).facts
+    known = {name: facts[name] for name in ("num_test", "num_classes", "largest_class", "num_images")}
+    assert known == {"num_test": 5, "num_classes": 2, "largest_class": 0.6, "num_images": 6}
+    assert facts["test"] == pytest.approx([0.4, 0.6])
+    assert facts["balanced_test"] == [0.5, 0.5]

@@ -95,7 +95,7 @@ def test_rows_of_different_settings_stand_apart_and_what_they_share_stands_in_bo
     made.row("table_2/x1", scaling_row([0.6], 1000), n_trials=30)
     found, _ = printed(made.base, capsys)
     run = "cifar10/tiny-demo-seed0"
-    values = {heading: lines[1].split(" %")[1].split() for heading, lines in found.items()}
+    values = {heading: lines[1].split("classifiers")[1].split() for heading, lines in found.items()}
     assert values == {
         f"Table 1, {run}": ["55.0", "±", "7.1", "70.0", "±", "0.0"],
         f"Table 1, {run}, n_trials=30": ["55.0", "±", "7.1", "80.0", "±", "0.0"],
@@ -136,7 +136,26 @@ def test_more_rows_are_in_the_order_of_their_numbers(made, capsys):
     made.row("table_2/real", TABLE_2["real"])
     found, _ = printed(made.base, capsys)
     (lines,) = found.values()
-    assert lines[0].split() == ["real", "x1", "x2", "x10"] and lines[1].split()[2:] == ["90.0", "1.0", "2.0", "10.0"]
+    assert lines[0].split() == ["real", "x1", "x2", "x10"]
+    assert lines[1].split("classifiers")[1].split() == ["90.0", "1.0", "2.0", "10.0"]
+
+
+def test_what_an_accuracy_is_judged_by_stands_below_it_and_in_words_below_the_table(made, capsys):
+    """3 of 10 test images are of the largest class; x1 is below that. The row of real images is an older one."""
+    made.row("table_2/real", {"test": [0.9, 0.8], "num_images": 1000})
+    made.row("table_2/x1", scaling_row([0.2, 0.22], 1000))
+    found, _ = printed(made.base, capsys)
+    lines = found["Table 2, cifar10/tiny-demo-seed0"]
+    width = len("balanced accuracy %, mean ± st. dev. of its classifiers")
+    cells = {line[:width].strip(): line[width:].split() for line in lines[1:5]}
+    assert cells == {
+        "accuracy %, mean ± st. dev. of its classifiers": ["85.0", "±", "7.1", "21.0", "±", "1.4"],
+        "standard error by the test images, points": ["2.0"],  # root of 86 / 404 * 318 / 404 / 404
+        "balanced accuracy %, mean ± st. dev. of its classifiers": ["21.0", "±", "1.4"],
+        "always the largest class %": ["30.0"],
+    }
+    assert [line for line in lines if line.startswith("x1: ")] == lines[-1:]
+    assert "21.0% is below the 30.0% of always answering the largest class" in lines[-1]
 
 
 def test_older_and_unfinished_runs_are_named_and_passed_over(made, capsys):

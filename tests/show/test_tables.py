@@ -8,8 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import strange_names
+import torch
+from matplotlib.collections import PathCollection
+from matplotlib.patches import Rectangle
 from scipy import stats
 
+from sdgen_lib.classify import Score
 from sdgen_lib.config import settings
 from sdgen_lib.course import Course
 from sdgen_lib.show import tables
@@ -34,7 +38,7 @@ def test_percent():
 def test_table_1():
     table = tables.table_1(course_with(TABLE_1))
     assert list(table.columns) == ["after 1", "after 4"]
-    assert table.loc["CAS %"].tolist() == ["55.0 ± 7.1", "70.0 ± 0.0"]
+    assert table.loc["CAS %, mean ± st. dev. of its classifiers"].tolist() == ["55.0 ± 7.1", "70.0 ± 0.0"]
     assert table.loc["IS"].tolist() == [50, 12] and table.loc["UGS"].tolist() == [7.5, 1.23]
     assert table.loc["epochs"].tolist() == ["24/-", "20/7"]
     assert table.loc["images"].tolist() == [500, 500] and table.loc["generation s"].tolist() == [12.3, 12.3]
@@ -43,7 +47,8 @@ def test_table_1():
 def test_table_2():
     table = tables.table_2(course_with(table_2=TABLE_2))
     # 71, 73, 78: mean 74, deviations -3, -1, 4, squares 9 + 1 + 16 = 26, / 2 = 13, root 3.6. One classifier: no spread.
-    assert table.loc["accuracy %"].to_dict() == {"real": "90.0", "x1": "74.0 ± 3.6", "x2": "80.0 ± 0.0"}
+    found = table.loc["accuracy %, mean ± st. dev. of its classifiers"].to_dict()
+    assert found == {"real": "90.0", "x1": "74.0 ± 3.6", "x2": "80.0 ± 0.0"}
     assert table.loc["training images"].to_dict() == {"real": 1000, "x1": 1000, "x2": 2000}
 
 
@@ -79,16 +84,21 @@ def test_what_has_to_be_known_to_judge_an_accuracy_stands_below_it():
         "after 2": cas_row(POINT, [0.7, 0.7], largest_class=0.9),
     }
     table = tables.cas_table(rows, "digits")
-    known = ["standard error by the test images", "balanced CAS %", "always the largest class %"]
-    assert list(table.index[:4]) == ["CAS %", *known]
-    assert table.loc["balanced CAS %"].tolist() == ["51.0 ± 1.4", "70.0 ± 0.0"]
+    over, error = "mean ± st. dev. of its classifiers", "standard error by the test images, points"
+    known = [f"CAS %, {over}", error, f"balanced CAS %, {over}", "always the largest class %"]
+    assert list(table.index[:4]) == known
+    assert table.loc[f"balanced CAS %, {over}"].tolist() == ["51.0 ± 1.4", "70.0 ± 0.0"]
     assert table.loc["always the largest class %"].tolist() == ["90.0", "90.0"]
     # 362 of 404: root of 0.896 * 0.104 / 404; 282 of 404: root of 0.698 * 0.302 / 404
-    assert table.loc["standard error by the test images"].tolist() == ["1.5", "2.3"]
-    table = tables.scaling_table({"real": scaling_row([0.9], 10)}, "digits")
-    assert {name.replace("CAS", "accuracy") for name in known} <= set(table.index)
-    older = {"real": {"test": [0.9], "num_images": 10}}  # a row that says less
-    assert list(tables.scaling_table(older, "digits").index) == ["accuracy %", "training images"]
+    assert table.loc[error].tolist() == ["1.5", "2.3"]
+    older = {
+        "test": [0.9],
+        "num_images": 10,
+    }  # a row that says less: its cells are empty, and the others' stay in place
+    for rows in ({"real": older}, {"real": older, "x1": scaling_row([0.9], 10)}):
+        table = tables.scaling_table(rows, "digits")
+        assert list(table.index) == [*(name.replace("CAS", "accuracy") for name in known), "training images"]
+        assert table["real"].tolist() == ["90.0", "", "", "", 10]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
@@ -110,8 +120,18 @@ def test_compared_is_students_paired_test():
     assert mean == pytest.approx(2.5) and verdict == "better"
     assert tables.compared(others, values)[3] == "worse"
     assert tables.compared([0.9, 0.8], [0.8, 0.9])[3] == "no difference is shown"
+    assert tables.compared([0.9, 0.9], [0.9, 0.9]) == (0, 0, 0, "no difference is shown")
     mean, low, high, verdict = tables.compared([0.9], [0.8])
     assert mean == pytest.approx(10) and np.isnan([low, high]).all() and verdict == "a single pair cannot tell"
+
+
+@pytest.mark.parametrize(("values", "others"), [([0.9, 0.8, 0.7], [0.8]), ([0.9], [0.8, 0.7]), ([], [])])
+def test_rows_without_pairs_are_not_compared(values, others):
+    """One value would be broadcast against all, and the interval be one of unpaired numbers."""
+    with pytest.raises(
+        ValueError, match=f"have {len(values)} and {len(others)} classifiers.*the same classifier_seeds"
+    ):
+        tables.compared(values, others)
 
 
 def test_a_row_below_an_answer_that_looks_at_nothing_is_told_in_words():
@@ -119,11 +139,24 @@ def test_a_row_below_an_answer_that_looks_at_nothing_is_told_in_words():
         "real": scaling_row([0.54, 0.55], 1080) | {"largest_class": 0.435, "balanced_test": [0.4, 0.41]},
         "x1": scaling_row([0.33, 0.35], 1080) | {"largest_class": 0.435, "balanced_test": [0.25, 0.25]},
         "x2": scaling_row([0.44, 0.44], 1080) | {"largest_class": 0.435, "balanced_test": [0.1, 0.1]},
+        "x3": scaling_row([0.44, 0.44], 1080) | {"largest_class": 0.435, "balanced_test": [0.1, 0.16]},
+        "x4": scaling_row([0.44], 1080) | {"largest_class": 0.435, "balanced_test": [0.11]},
     }
-    first, second = tables.taught_too_little(rows)
+    first, second, third = tables.taught_too_little(rows)
     assert first.startswith("x1: 34.0% is below the 43.5% of always answering the largest class")
-    assert second == "x2: the balanced accuracy, 10.0%, is no better than chance, 10.0%."
-    assert tables.taught_too_little({"real": {"test": [0.1]}}) == []  # a row that says nothing of the classes
+    assert second == "x2: the balanced accuracy, 10.0 ± 0.0 %, is not above chance, 10.0%."
+    # 10 and 16: mean 13, deviation root of 9 + 9 = 4.2
+    assert third == "x3: the balanced accuracy, 13.0 ± 4.2 %, is not above chance, 10.0%, by more than its spread."
+    older = {"real": {"test": [0.1], "balanced_test": [0.0], "largest_class": 0.1}}  # nothing of the number of classes
+    assert tables.taught_too_little(older) == tables.taught_too_little({"real": {"test": [0.1]}}) == []
+    labels = torch.tensor([0] * 70 + [1] * 10 + [2] * 20)
+    same = Score.of(torch.zeros_like(labels), labels, 3)  # that very answer: as a float32, 0.7 is less than 0.7
+    assert same.accuracy < 0.7
+    answers = {"largest_class": 0.7, "balanced_test": [same.balanced_accuracy] * 3, "num_classes": 3}
+    (only,) = tables.taught_too_little({"x1": scaling_row([same.accuracy] * 3, 10) | answers})
+    assert only == "x1: the balanced accuracy, 33.3 ± 0.0 %, is not above chance, 33.3%."
+    (real,) = tables.taught_too_little({"real": scaling_row([0.25], 10)})  # real images may be too few as well
+    assert real.startswith("real: 25.0% is below the 30.0%")
 
 
 def test_without_rows_the_tables_are_empty_and_the_figures_say_so():
@@ -135,25 +168,92 @@ def test_without_rows_the_tables_are_empty_and_the_figures_say_so():
         tables.scaling_figure(course)
 
 
-def test_figures_of_the_tables():
-    course = course_with(TABLE_1, TABLE_2)
-    figure = drawn(tables.steps_figure(course))
+def levels_of(figure):
+    """The accuracies of the lines, by what the legend calls them."""
+    return {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].lines}
+
+
+def dots_of(figure):
+    """Where the dots of single classifiers are, row by row."""
+    scatters = [c for c in figure.axes[0].collections if isinstance(c, PathCollection)]
+    return [[tuple(map(float, dot)) for dot in dots.get_offsets()] for dots in scatters]
+
+
+def legend_of(figure):
+    """What the legend says; it lies inside the figure and below the axes, their ticks and labels."""
+    drawn(figure)
+    (legend,) = figure.legends
+    box, axes = legend.get_window_extent(), figure.axes[0].get_tightbbox()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and 0 <= box.y0 < box.y1 <= axes.y0
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_the_figure_of_table_1():
+    figure = tables.steps_figure(course_with(TABLE_1))
     (ax,) = figure.axes
     points, _, _ = ax.containers[0].lines
     np.testing.assert_allclose(np.asarray(points.get_ydata(), float), [0.55, 0.7])
-    levels = {line.get_label(): line.get_ydata()[0] for line in ax.lines}
-    assert levels["chance"] == 0.1 and levels["always the largest class"] == 0.3
-    dots = [tuple(map(tuple, c.get_offsets())) for c in ax.collections[:2]]
-    assert dots == [((0, 0.5), (0, 0.6)), ((1, 0.7), (1, 0.7))]
-    assert ax.get_ylim()[1] < 0.9  # no half of the picture is empty
-    figure = drawn(tables.scaling_figure(course))
-    line, caps, _ = figure.axes[0].containers[0].lines
+    assert points.get_linestyle() == "None"
+    assert dots_of(figure) == [[(0, 0.5), (0, 0.6)], [(1, 0.7), (1, 0.7)]]
+    assert levels_of(figure)["chance: 10.0 %"] == 0.1 and levels_of(figure)["always the largest class: 30.0 %"] == 0.3
+    assert set(legend_of(figure)) == {
+        "generated images: each classifier",
+        "generated images: mean ± st. dev. of 2 classifiers",
+        "chance: 10.0 %",
+        "always the largest class: 30.0 %",
+    }
+    low, high = ax.get_ylim()
+    assert 0.03 < low < 0.1 and 0.7 < high < 0.76  # what is drawn and a margin, not 0 .. 100 %
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["after 1", "after 4"]
+
+
+def test_the_figure_of_table_2():
+    figure = tables.scaling_figure(course_with(table_2=TABLE_2))
+    (ax,) = figure.axes
+    line, caps, _ = ax.containers[0].lines
     np.testing.assert_allclose(np.asarray(line.get_ydata(), float), [0.74, 0.8])
     assert line.get_linestyle() == "None"  # x1 and x2 are no points of a curve
     ends = np.array([cap.get_ydata() for cap in caps], float)
     spread = np.sqrt(13) / 100  # see `test_table_2`
     np.testing.assert_allclose(ends, [[0.74 - spread, 0.8], [0.74 + spread, 0.8]])
+    assert dots_of(figure) == [[(0, 0.71), (0, 0.73), (0, 0.78)], [(1, 0.8), (1, 0.8)]]
+    said = legend_of(figure)
+    assert {"real images: one classifier", "generated images: mean ± st. dev. of 2 or 3 classifiers"} < set(said)
     drawn(tables.scaling_figure(course_with(table_2={"x1": TABLE_2["x1"]})))  # the real row is not there yet
+    drawn(tables.scaling_figure(course_with(table_2={"real": TABLE_2["real"]})))  # nor the others
+
+
+def test_real_images_are_a_band_of_their_mean_and_deviation():
+    figure = tables.scaling_figure(course_with(table_2={"real": scaling_row([0.8, 0.9], 9), "x1": TABLE_2["x1"]}))
+    assert "real images: mean ± st. dev. of 2 classifiers" in legend_of(figure)
+    (band,) = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    reach = np.std([0.8, 0.9], ddof=1)
+    np.testing.assert_allclose([band.get_y(), band.get_y() + band.get_height()], [0.85 - reach, 0.85 + reach])
+
+
+def test_small_differences_are_seen_and_what_lies_far_below_them_is_named():
+    """Of 96 and 98 % on an axis that goes down to the 10 % of the largest class nothing would be left."""
+    rows = {"x1": scaling_row([0.96, 0.962], 9), "x2": scaling_row([0.978, 0.98], 9)}
+    figure = tables.scaling_figure(course_with(table_2={k: row | {"largest_class": 0.1} for k, row in rows.items()}))
+    low, high = figure.axes[0].get_ylim()
+    assert 0.93 < low < 0.96 and 0.98 < high < 1
+    assert "always the largest class: 10.0 % (below the axis)" in legend_of(figure)
+
+
+def test_a_level_above_every_row_is_always_seen():
+    """The very case that has to be seen: images that taught less than that answer."""
+    rows = {"x1": scaling_row([0.1, 0.102], 9) | {"largest_class": 0.9}}
+    figure = tables.scaling_figure(course_with(table_2=rows))
+    low, high = figure.axes[0].get_ylim()
+    assert low < 0.1 and 0.9 < high and "always the largest class: 90.0 %" in legend_of(figure)
+
+
+@pytest.mark.parametrize("test", [[1.0, 1.0, 1.0], [0.0, 0.0], [1.0]])
+def test_rows_without_a_difference_have_an_axis(test):
+    figure = tables.steps_figure(course_with({"after 1": cas_row(POINT, test, largest_class=0.1)}))
+    low, high = figure.axes[0].get_ylim()
+    assert -0.03 < low < test[0] < high < 1.03 and high - low > 0.03
+    assert any("st. dev." in text for text in legend_of(figure)) == (len(test) > 1)  # one classifier has no spread
 
 
 # --- what it will cost ---
