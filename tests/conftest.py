@@ -82,6 +82,8 @@ MICRO = dict(
     default_steps=5,
     steps_min=5,
     steps_max=6,
+    rescored=1,  # as many as there are complete trials, whatever was pruned
+    rescoring_classifiers=2,
     guidance_min=0.0,
     guidance_max=7.5,
 )

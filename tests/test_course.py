@@ -117,6 +117,7 @@ def test_each_point_has_its_own_weights(finished, tiny):
     tuned = course.draw(Point(2, 1.0, 1, 2), torch.tensor([0]), "any")
     changed = {name: value.clone() for name, value in unet.state_dict().items()}
     checkpoint = files.load_tensors(course.run.file(method.finetune_step, checkpoint_name(2)))
+    checkpoint = {name: value for name, value in checkpoint.items() if not name.startswith(class_encoder.ENCODER)}
     assert all(torch.equal(changed[name], value.float()) for name, value in checkpoint.items())
     assert not all(torch.equal(changed[name], pretrained[name]) for name in pretrained)
     saved = files.load_tensors(course.run.file(method.transfer_step, checkpoint_name(1)))
@@ -430,7 +431,7 @@ def test_step_3_is_refused_where_the_disk_has_no_room(small, tmp_path, monkeypat
 
 
 def test_lora_from_end_to_end(small, tmp_path):
-    course = small(tmp_path, finetune_method="lora", lora_rank=2, n_trials=2)
+    course = small(tmp_path, finetune_method="lora", lora_rank=2, n_trials=2, finetune_encoder_learning_rate="none")
     saved = files.load_tensors(course.run.file(course.method.finetune_step, checkpoint_name(2)))
     assert all(".lora_" in name and value.dtype == torch.float32 for name, value in saved.items())
     assert any(value.abs().max() > 0 for name, value in saved.items() if ".lora_B" in name)

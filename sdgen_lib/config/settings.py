@@ -513,14 +513,19 @@ def resolve(recipe: str | None = "auto", backbone: str | None = "auto", **given:
     by_hand = {name: _checked(name, value) for name, value in asked.items() if value is not None}
     names = tuple(sorted(set(by_hand) - {*SHARED, "storage"}))
     values = {**RECIPES[recipe], **by_hand, "recipe": recipe, "given": names}
-    settings = Settings(**values | _ends_that_give_way(values, by_hand))
+    settings = Settings(**values | _what_follows(values, by_hand))
     _check_together(settings)
     return settings
 
 
-def _ends_that_give_way(values: Mapping[str, Any], by_hand: Mapping[str, Any]) -> dict[str, Any]:
-    """The other end of a range whose one end was set by hand beyond it: a recipe's own end follows."""
-    found = {}
+def _what_follows(values: Mapping[str, Any], by_hand: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe's own values become beside those set by hand.
+
+    The other end of a range follows one that was set beyond it; step 4 has no more trials than step 2 was given.
+    """
+    found, retune = {}, values.get("n_trials_retune")
+    if retune and "n_trials" in by_hand and "n_trials_retune" not in by_hand:
+        found["n_trials_retune"] = min(retune, by_hand["n_trials"])
     for low, high in (("steps_min", "steps_max"), ("guidance_min", "guidance_max")):
         lowest, highest = (values.get(name, FIELDS[name].default) for name in (low, high))
         if lowest > highest and (low in by_hand) != (high in by_hand):

@@ -306,7 +306,7 @@ def training_step(
     conditioner = encoder.conditioner()
     for parameter in parameters:
         parameter.requires_grad_(True)
-    adam = optimizer_for(parameters, optimizer, learning_rate=1e-5, weight_decay=0.0)
+    adam = optimizer_for({1e-5: parameters}, optimizer, weight_decay=0.0)
 
     def work() -> None:
         noise = torch.randn_like(latents)

@@ -127,7 +127,7 @@ def test_a_topics_fields():
 def test_a_view_shows_what_was_declared_and_nothing_else():
     settings = resolve(recipe="demo", backbone="tiny", seed=3)
     view = settings.view("seed", "search_space")
-    expected = {"guidance_max": 3.0, "guidance_min": 1.0, "seed": 3, "steps_max": 12, "steps_min": 5}
+    expected = {"guidance_max": 3.0, "guidance_min": 1.0, "seed": 3, "steps_max": 16, "steps_min": 8}
     assert view.to_dict() == expected and list(view.to_dict()) == sorted(expected)
     assert (view.seed, view.steps_max) == (3, 12)
     with pytest.raises(AttributeError, match=r"reads num_images must .* its topics \(search, retune, cas\)"):
@@ -270,10 +270,13 @@ def test_guidance_min_above_guidance_max_is_refused():
         ({"steps_min": 40}, {"steps_min": 40, "steps_max": 40}),
         ({"guidance_max": 0.5}, {"guidance_min": 0.5, "guidance_max": 0.5}),
         ({"guidance_min": 6}, {"guidance_min": 6.0, "guidance_max": 6.0}),
+        ({"n_trials": 4}, {"n_trials_retune": 4}),
+        ({"n_trials": 90}, {"n_trials_retune": RECIPES["demo"]["n_trials_retune"]}),
+        ({"n_trials": 4, "n_trials_retune": 9}, {"n_trials_retune": 9}),
         ({"steps_max": 12}, {"steps_min": RECIPES["demo"]["steps_min"], "steps_max": 12}),
     ],
 )
-def test_a_recipes_end_of_a_range_follows_the_one_that_is_given(given, then):
+def test_a_recipes_own_value_follows_one_that_is_given(given, then):
     settings = resolve(recipe="demo", backbone="tiny", **given)
     assert {name: getattr(settings, name) for name in then} == then
     assert set(settings.given) == set(given)
