@@ -129,7 +129,7 @@ def test_a_view_shows_what_was_declared_and_nothing_else():
     view = settings.view("seed", "search_space")
     expected = {"guidance_max": 3.0, "guidance_min": 1.0, "seed": 3, "steps_max": 16, "steps_min": 8}
     assert view.to_dict() == expected and list(view.to_dict()) == sorted(expected)
-    assert (view.seed, view.steps_max) == (3, 12)
+    assert (view.seed, view.steps_max) == (3, 16)
     with pytest.raises(AttributeError, match=r"reads num_images must .* its topics \(search, retune, cas\)"):
         view.num_images  # noqa: B018
     with pytest.raises(AttributeError, match="no setting 'sede'"):
@@ -370,8 +370,8 @@ def test_recipes_change_the_defaults_and_what_is_given_changes_the_recipe(recipe
         assert getattr(plain, name) == (value if name != "backbone" else "tiny")
     untouched = set(FIELDS) - set(RECIPES[recipe]) - {"recipe", "given"}
     assert all(getattr(plain, name) == getattr(Settings(), name) for name in untouched)
-    changed = resolve(recipe=recipe, backbone="tiny", n_trials=7, seed=3)
-    assert dataclasses.replace(plain, n_trials=7, seed=3, given=("n_trials",)) == changed
+    changed = resolve(recipe=recipe, backbone="tiny", max_multiple=7, seed=3)
+    assert dataclasses.replace(plain, max_multiple=7, seed=3, given=("max_multiple",)) == changed
 
 
 EMPTY_PROMPT = [
