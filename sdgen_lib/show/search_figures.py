@@ -127,7 +127,7 @@ def rescored(study: optuna.Study) -> Figure:
     """
     frame = rescored_frame(study)
     if not len(frame):
-        raise ValueError("No trial of this search was rescored: set rescored to 2 or more.")
+        raise ValueError("No trial of this search was rescored: set rescored to 1 or more.")
     figure, ax = new_axes(size=(6.4, 0.5 * len(frame) + 1.4))
     at = np.arange(len(frame))
     ax.hlines(at, frame["first value"], frame["mean"], color=GREY, linewidth=1)
