@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import textwrap
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from .evaluate import cas, scaling, sets
 from .machine.devices import default_device
 from .machine.ranks import ALONE, Ranks
 from .methods.class_encoder import ROWS, ClassEncoder, ClassEncoderMethod, Point
+from .methods.inversion import InversionMethod
 from .store.run import Run
 from .work.workspace import Source, Workspace, classifier_options
 
@@ -101,6 +103,13 @@ class Course:
     def retune(self, on_trial: Callable[[optuna.Study], None] | None = None) -> optuna.Study:
         """Step 4: the second search, over IS, UGS and the UNet's epoch."""
         return self.method.retune(on_trial)
+
+    # --- Diffusion Inversion ---
+
+    @functools.cached_property
+    def inversion(self) -> InversionMethod:
+        """Diffusion Inversion of ``inversion_images`` of the training images: a run of its own, beside this one."""
+        return InversionMethod(self.workspace.few(self.settings.inversion_images))
 
     # --- images ---
 

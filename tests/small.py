@@ -26,6 +26,10 @@ SMALL = dict(
     classifier_epoch_images=1,
     classifier_seeds=2,
     max_multiple=2,
+    inversion_visits=2,
+    inversion_checkpoints=2,
+    inversion_batch_size=4,
+    inversion_steps=2,
 )
 
 

@@ -11,6 +11,7 @@ from sdgen_lib.config.settings import FIELDS, Settings
 from sdgen_lib.course import ROWS, Course
 from sdgen_lib.diffusion.weights import TINY
 from sdgen_lib.evaluate import cas, scaling, sets
+from sdgen_lib.methods.inversion import InversionMethod
 from sdgen_lib.store.run import Run
 from sdgen_lib.work.workspace import Workspace
 
@@ -63,6 +64,25 @@ OTHER = dict(
     rescored=1,
     rescoring_classifiers=2,
     select_on="test",
+    inversion_images=4,
+    inversion_tokens=3,
+    inversion_start="uniform",
+    inversion_groups="class",
+    inversion_group_images=2,
+    inversion_visits=3,
+    inversion_checkpoints=1,
+    inversion_batch_size=3,
+    inversion_optimizer="adamw",
+    inversion_learning_rate=0.01,
+    inversion_schedule="cosine",
+    inversion_weight_decay=0.1,
+    inversion_steps=1,
+    inversion_guidance=3.0,
+    inversion_unconditional="class_mean",
+    inversion_noise=0.2,
+    inversion_noise_unit="spread",
+    inversion_interpolation=0.3,
+    inversion_partners="released",
     classifier_width=5,
     classifier_shortcut="max_pool",
     classifier_epochs=3,
@@ -89,12 +109,21 @@ def results(course: Course) -> dict:
     steps += [cas.cas_step(ws, course.source(row)) for row in ROWS]
     steps += [sets.block_step(ws, source, block) for block in (0, 1, 2)]
     steps += [scaling.scaling_step(ws, source, name) for name in ("real", "x1", "x2")]
-    return {step.name: step for step in steps}
+    inversion = InversionMethod(ws)
+    steps += [inversion.group_step(0), inversion.vectors_step(1)]
+    steps += [sets.block_step(ws, inversion.source(1), 1)]
+    return {name_of(step): step for step in steps}
+
+
+def name_of(step) -> str:
+    """A step's name; that of a block of the other method's images says so."""
+    inverted = any(need.name.startswith("inversion/") for need in step.needs)
+    return f"{step.name} of inversion" if inverted else step.name
 
 
 def upstream(step) -> set[str]:
     """The names of a step and of all the steps that it needs."""
-    return {step.name}.union(*(upstream(need) for need in step.needs))
+    return {name_of(step)}.union(*(upstream(need) for need in step.needs))
 
 
 class Spied(Settings):
@@ -125,7 +154,7 @@ def read(small, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
 
         def spied_make(self, step):
-            with making(step.name):
+            with making(name_of(step)):
                 make(self, step)
 
         def unseen(function):

@@ -23,6 +23,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         classifier_shortcut="max_pool",
         class_mix="balanced",
         larger_sets="random",
+        inversion_tokens=5,
+        inversion_group_images=100,
+        inversion_guidance=2.0,
+        inversion_unconditional="group_mean",
+        inversion_partners="released",
     ),
     # One T4 hour: fewer images and trials; three classifiers a set, so that the tables carry a spread.
     "workshop": dict(
@@ -83,5 +88,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         stop_patience=8,
         classifier_seeds=3,
         max_multiple=3,
+        inversion_images=200,
+        inversion_start="empty_prompt",
+        inversion_visits=400,
+        inversion_checkpoints=4,
+        inversion_batch_size=128,
+        inversion_optimizer="row-adam",
+        inversion_steps=10,
+        inversion_guidance=2.0,
     ),
 }

@@ -25,6 +25,8 @@ TOPICS = {
     "finetune": "the training of step 3",
     "training": "what both trainings share",
     "sampling": "how an image is drawn, besides the point",
+    "inversion": "the vectors of Diffusion Inversion and their training",
+    "variants": "how Diffusion Inversion draws new images from its vectors",
     "default_point": "the point of the table row 'after 1'",
     "search_space": "what step 2 chooses from",
     "search": "the search of step 2",
@@ -321,6 +323,133 @@ class Settings:
         doc="stop_patience in the searches; None: the same",
     )
 
+    # --- Diffusion Inversion (Zhou et al. 2023): a vector for every training image, and its variants ---
+    inversion_images: int | None = setting(
+        None,
+        low=1,
+        high=MANY,
+        read_by=("data",),
+        source="appendix B: all, on MedMNIST 500 of each class",
+        doc="training images that are inverted, in the classes' proportions; None: all",
+    )
+    inversion_tokens: int | None = setting(
+        None,
+        low=1,
+        high=MANY,
+        read_by=("inversion",),
+        source="section 3.1: the text encoder's output; released: 5",
+        doc="context tokens of a vector; None: as many as the text encoder's context has",
+    )
+    inversion_start: str = setting(
+        "uniform",
+        choices=("uniform", "empty_prompt", "class_context"),
+        read_by=("inversion",),
+        source="not in the paper; released: uniform, within 1 / sqrt(vectors trained together)",
+        doc="the vectors before training; class_context: what step 1's Class-Encoder makes of each image's class",
+    )
+    inversion_groups: str = setting(
+        "mixed",
+        choices=("mixed", "class"),
+        read_by=("inversion",),
+        source="not in the paper; released: in file order, on MedMNIST one class",
+        doc="whether the vectors that train together may be of several classes",
+    )
+    inversion_group_images: int | None = setting(
+        None,
+        low=1,
+        high=MANY,
+        read_by=("inversion",),
+        source="not in the paper; released: 100",
+        doc="most vectors that train together; None: as many as there are",
+    )
+    inversion_visits: int = setting(
+        3000, low=1, high=MANY, read_by=("inversion",), source="section 4.1", doc="times that each vector is trained"
+    )
+    inversion_checkpoints: int = setting(
+        3,
+        low=1,
+        high=1000,
+        read_by=("inversion",),
+        source="appendix B: variants of 1000, 2000 and 3000 steps",
+        doc="checkpoints of the vectors, at equal distances; the last one is at the end",
+    )
+    inversion_batch_size: int = setting(
+        50,
+        low=1,
+        high=MANY,
+        read_by=("inversion",),
+        source="not in the paper; released: 50",
+        doc="images of one optimiser step",
+    )
+    inversion_optimizer: str = setting(
+        "adamw",
+        choices=("adamw", "row-adam"),
+        read_by=("inversion",),
+        source="section 4.1",
+        doc="adamw moves vectors outside of a batch too (momentum, decay); row-adam those in it alone, no decay",
+    )
+    inversion_learning_rate: float = setting(
+        0.03, low=1e-12, high=100.0, read_by=("inversion",), source="section 4.1", doc="at the start"
+    )
+    inversion_schedule: str = setting(
+        "constant",
+        choices=("constant", "cosine"),
+        read_by=("inversion",),
+        source="section 4.1",
+        doc="of the learning rate; cosine: to 0",
+    )
+    inversion_weight_decay: float = setting(
+        0.01,
+        low=0.0,
+        high=100.0,
+        read_by=("inversion",),
+        source="not in the paper; released: PyTorch's default",
+        doc="decoupled, of adamw",
+    )
+    inversion_steps: int = setting(
+        100, low=1, high=1000, read_by=("variants",), source="section 4.1", doc="inference steps (IS) of a variant"
+    )
+    inversion_guidance: float = setting(
+        3.0,
+        low=0.0,
+        high=1000.0,
+        read_by=("variants",),
+        source="section 3.2: (1 + w) eps_c - w eps_u with w = 2; released: eps_u + 2 (eps_c - eps_u)",
+        doc="guidance scale (UGS)",
+    )
+    inversion_unconditional: str = setting(
+        "mean",
+        choices=("mean", "group_mean", "class_mean", "empty_prompt"),
+        read_by=("variants",),
+        source="section 3.2: the mean of all vectors; released: of the group",
+        doc="the context that guidance leads away from",
+    )
+    inversion_noise: float = setting(
+        0.1, low=0.0, high=1000.0, read_by=("variants",), source="section 3.2", doc="what is added to a vector (lambda)"
+    )
+    inversion_noise_unit: str = setting(
+        "absolute",
+        choices=("absolute", "spread"),
+        read_by=("variants",),
+        source="section 3.2",
+        doc="spread: the noise is in standard deviations of the vectors' numbers",
+    )
+    inversion_interpolation: float = setting(
+        0.1,
+        low=0.0,
+        high=1.0,
+        read_by=("variants",),
+        source="section 3.2",
+        doc="the partner's share in a vector (alpha)",
+    )
+    inversion_partners: str = setting(
+        "class",
+        choices=("class", "released"),
+        read_by=("variants",),
+        source="section 3.2: two random vectors",
+        doc="who may be: all of its class; released: those of its class and group, or all of the group if few",
+    )
+
     # --- the classifier ---
     classifier_width: int = setting(
         16,
@@ -561,9 +690,10 @@ def unlike_recipe(values: Mapping[str, Any], recipe: str) -> dict[str, Any]:
     return {name: values[name] for name in known if values[name] != getattr(usual, name)}
 
 
-def protocol(settings: Settings) -> list[dict[str, Any]]:
-    """What a run follows and where it departs: a row for each setting the paper or its released code fixes.
+def protocol(settings: Settings, method: str = "class_encoder") -> list[dict[str, Any]]:
+    """What a run follows and where it departs: a row for each setting a method's paper or its released code fixes.
 
+    ``method`` "class_encoder" (the first paper) or "inversion" (Diffusion Inversion).
     Each row has ``setting``, ``this run``, ``paper``, ``released code`` (their values) and ``source``.
     """
     columns = {
@@ -574,14 +704,19 @@ def protocol(settings: Settings) -> list[dict[str, Any]]:
     return [
         {"setting": name, **{column: values[name] for column, values in columns.items()}, "source": source}
         for name, field in FIELDS.items()
-        if (source := field.metadata["source"])
+        if (source := field.metadata["source"]) and method == method_of(name)
     ]
 
 
-def followed(settings: Settings) -> str:
+def method_of(name: str) -> str:
+    """The method whose paper a setting comes from; what no other method alone reads is the first one's."""
+    return "inversion" if name.startswith("inversion_") else "class_encoder"
+
+
+def followed(settings: Settings, method: str = "class_encoder") -> str:
     """One line: in how many of those settings a run is as the paper, or as its released code if that is the recipe."""
     like = "released code" if settings.recipe == "released" else "paper"
-    rows = protocol(settings)
+    rows = protocol(settings, method)
     same = sum(row["this run"] == row[like] for row in rows)
     text = f"the {like} in {same} of {len(rows)} settings"
     return text if same == len(rows) else f"{text} (chapter 00 lists where it departs)"

@@ -65,6 +65,20 @@ class Conditioner(Protocol):
         """The condition that guidance moves away from, for one image (B = 1)."""
 
 
+class OwnUnconditional(Protocol):
+    """What a `Conditioner` has beside it where the condition that guidance moves away from is not one for all."""
+
+    def unconditional_of(self, labels: torch.Tensor, indices: torch.Tensor) -> Condition:
+        """The unconditional condition of each of B images; arguments as a `Conditioner`'s."""
+
+
+def unconditional_of(conditioner: Conditioner, labels: torch.Tensor, indices: torch.Tensor) -> Condition:
+    """What guidance moves B images away from: a condition of B images, or of one for all of them (B = 1)."""
+    if hasattr(conditioner, "unconditional_of"):
+        return conditioner.unconditional_of(labels, indices)
+    return conditioner.unconditional()
+
+
 @dataclasses.dataclass(frozen=True)
 class ContextTable:
     """A conditioner with one fixed context for each label: the text encoder's for prompts, say.

@@ -12,7 +12,7 @@ from ..config.messages import unknown_name
 from ..data import resize
 from ..machine.seeds import image_noise
 from .backbone import Backbone
-from .conditions import Condition, Conditioner
+from .conditions import Condition, Conditioner, unconditional_of
 from .samplers import SAMPLERS, guided_noise, passes_per_step
 
 
@@ -34,7 +34,7 @@ def generate_latents(
     compiled: bool = False,
     callback: Callable | None = None,
 ) -> torch.Tensor:
-    """Samples one batch: conditions of B images and of one, noise (B, C, H, W) -> latents (B, C, H, W).
+    """Samples one batch: conditions of B images and of B or of one, noise (B, C, H, W) -> latents (B, C, H, W).
 
     ``compiled``: by the UNet that `Backbone.compile_unet` made, if it made one for as many latents as pass at once.
     ``callback``: see `samplers.ddim`. Raises ValueError for an unknown ``sampler``.
@@ -85,7 +85,7 @@ def generate(
     if not guidance_scale >= 0:
         raise ValueError(f"guidance_scale must be at least 0, not {guidance_scale!r}.")
     images: list[torch.Tensor] = []
-    micro, away_from = backbone.micro_batch("generate", batch_size), conditioner.unconditional()
+    micro = backbone.micro_batch("generate", batch_size)
     how = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, sampler=sampler)
     with tqdm(total=len(class_labels), desc=progress, unit="image", disable=progress is None) as bar:
         for start in range(0, len(class_labels), batch_size):
@@ -96,6 +96,7 @@ def generate(
 
             def work(part: slice) -> None:
                 condition = conditioner(labels[part], indices[part], seed)
+                away_from = unconditional_of(conditioner, labels[part], indices[part])
                 latents = generate_latents(backbone, condition, away_from, noise[part], compiled=compiled, **how)
                 small = resize(backbone.decode(latents), image_size or backbone.image_size, antialias)
                 batch.append(small.cpu())  # the one copy off the device

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from ..config.messages import shown, unknown_name
-from ..machine.passes import Pass, Work
+from ..machine.passes import Pass, Work, total
 from .backbone import PRETRAINED, Backbone
 from .conditions import Conditioner
 from .generate import generate
@@ -153,6 +153,49 @@ class LatentGenerator:
             names = ", ".join(self.class_names[:10]) + (", .." if last > 9 else "")
             raise ValueError(f"A class label must be from 0 to {last} ({names}), not {shown(label)}.")
         return int(label)
+
+
+@dataclasses.dataclass
+class Rounds:
+    """A `Generator` of several: the first draws images 0 .. ``period`` - 1 of a set, the next one as many, and so on
+    in a circle. All are of the same classes."""
+
+    generators: Sequence[Generator]
+    period: int
+    fingerprint: str = ""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.generators[0].class_names
+
+    def __call__(
+        self,
+        class_labels: Labels,
+        *,
+        seed: int = 0,
+        set_name: str = "generator",
+        first_index: int = 0,
+        progress: str | None = None,
+    ) -> torch.Tensor:
+        """As `Generator`: which one draws an image depends on its index alone."""
+        images, start = [], 0
+        while start < len(class_labels):
+            number, done = divmod(first_index + start, self.period)
+            part = class_labels[start : start + self.period - done]
+            draw = self.generators[number % len(self.generators)]
+            how = dict(seed=seed, set_name=set_name, first_index=first_index + start, progress=progress)
+            images.append(draw(part, **how))
+            start += len(part)
+        return torch.cat(images)
+
+    def prepare(self, num_images: int) -> None:
+        """As `LatentGenerator`."""
+        for generator in self.generators:
+            generator.prepare(num_images)
+
+    def work(self, num_images: int) -> Work:
+        """The passes of so many images, an equal share by each of the generators."""
+        return total(generator.work(num_images / len(self.generators)) for generator in self.generators)
 
 
 def _whole(name: str, value: object, least: int, most: int | None = None) -> int:

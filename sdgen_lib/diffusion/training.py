@@ -16,6 +16,11 @@ from .backbone import Backbone
 from .conditions import Condition, Conditioner
 from .loss import diffusion_loss
 
+# The share of the first learning rate, at each share of the training.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "constant": lambda done: 1.0,
+}
 FIXED_NOISES = 2  # noises per held-out latent: enough that the loss of two epochs can be compared
 
 
@@ -52,18 +57,18 @@ def held_out_losses(
             "empty": lambda rows: empty.expand(len(indices[rows])),
         }
         for kind, condition in told.items():
-            loss = _fixed_loss(backbone, held_out.latents, condition, t, noise, batch_size)
+            loss = fixed_loss(backbone, held_out.latents, condition, t, noise, batch_size)
             totals[kind] += loss / FIXED_NOISES
     return totals
 
 
-def _fixed_loss(
+def fixed_loss(
     backbone: Backbone,
     latents: torch.Tensor,
     condition: Callable[[slice], Condition],
     t: torch.Tensor,
     noise: torch.Tensor,
-    batch_size: int,
+    batch_size: int = 256,
 ) -> float:
     """The mean loss of latents (N, C, H, W) at t (N,) with ``noise``, which may lie on the CPU."""
     sums: list[float] = []
@@ -93,7 +98,8 @@ def optimizer_for(
     ``groups``: the parameters by their learning rate. Each of the optimiser's groups keeps its rate as "first_lr".
 
     ``name`` "auto" takes 8 bits where weights, gradients and a float32 state, 16 bytes a parameter, would fill more
-    than 60 % of a CUDA card: the whole UNet of Stable Diffusion on 15 GiB. Raises ImportError, with the ways out, where
+    than 60 % of a CUDA card: the whole UNet of Stable Diffusion on 15 GiB. "row-adam" is for tables with sparse
+    gradients: a row without one stays as it is, and nothing decays. Raises ImportError, with the ways out, where
     bitsandbytes is needed and missing.
     """
     parameters = [{"params": params, "lr": rate, "first_lr": rate} for rate, params in groups.items()]
@@ -104,6 +110,8 @@ def optimizer_for(
         name = "adamw-8bit" if small else "adamw"
     if name == "adamw":
         return torch.optim.AdamW(parameters, weight_decay=weight_decay, fused=True)
+    if name == "row-adam":
+        return torch.optim.SparseAdam(parameters)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -298,6 +306,7 @@ def fit(
     images_per_epoch: int | None = None,
     label_dropout: float = 0.0,
     optimizer: str = "auto",
+    schedule: str = "cosine",
     resume: Mapping[str, torch.Tensor] | None = None,
     at_once: int | None = None,
     gradient_checkpointing: bool = False,
@@ -310,7 +319,8 @@ def fit(
     clip norm, cosine decay to zero over all steps (paper, section 3, step 1). ``own_rates``: the learning rates, by
     name, of parameters that do not have ``learning_rate``. ``images_per_epoch``: how long an epoch is; None: once over
     the training set. ``label_dropout`` (0..1): the share of images that are told the conditioner's unconditional
-    context, so that guidance has one that was trained (Ho and Salimans 2022).
+    context, so that guidance has one that was trained (Ho and Salimans 2022). ``optimizer``: see `optimizer_for`.
+    ``schedule`` "cosine" or "constant": of the learning rates. ``clip_norm`` infinity clips nothing.
 
     Each epoch's order, timesteps and noise come from (seed, epoch) alone, so that with ``resume``, the
     `TrainingState.tensors` of an earlier epoch, a killed training goes on to the same result.
@@ -320,6 +330,7 @@ def fit(
     gradients add up to the batch's (``at_once``: begin with so many images). float16 scales the loss.
     Raises FloatingPointError if the loss stops being finite.
     """
+    share_of_rate = SCHEDULES[schedule]
     rates = {name: (own_rates or {}).get(name, learning_rate) for name in trainable}
     state = _begun(trainable, backbone, optimizer, rates, weight_decay)
     batches = Batches(train, batch_size, seed, len(backbone.alphas_cumprod), images_per_epoch, label_dropout)
@@ -336,7 +347,7 @@ def fit(
             losses: list[torch.Tensor] = []  # of each batch; looked at once an epoch, so that a card need not wait
             for batch in batches.of(epoch):
                 losses.append(gradients.compute(batch) * (len(batch) / batches.images_per_epoch))
-                _step(state, 0.5 * (1 + math.cos(math.pi * done / total_steps)), clip_norm)
+                _step(state, share_of_rate(done / total_steps), clip_norm)
                 done += 1
             state.epoch = epoch
             yield Epoch(epoch, _mean_loss(losses, title, epoch, learning_rate), state, micro_batch)
@@ -377,7 +388,8 @@ def _step(state: TrainingState, share: float, clip_norm: float) -> None:
     for group in state.optimizer.param_groups:
         group["lr"] = share * group["first_lr"]
     state.scaler.unscale_(state.optimizer)
-    nn.utils.clip_grad_norm_(list(state.trainable.values()), clip_norm)
+    if clip_norm < math.inf:  # sparse gradients have no norm in torch
+        nn.utils.clip_grad_norm_(list(state.trainable.values()), clip_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
 

@@ -384,7 +384,6 @@ class ClassEncoderMethod:
         fit_and_keep(
             folder,
             ws,
-            s,
             dict(encoder.named_parameters()),
             conditioner,
             ws.latents["train"],
@@ -394,6 +393,7 @@ class ClassEncoderMethod:
             images_per_epoch=s.transfer_epoch_images,
             probe=lambda: self._losses(conditioner),
             title="Class-Encoder",
+            **_training_options(s),
         )
         return {"revision": ws.backbone.source.revision}
 
@@ -418,7 +418,6 @@ class ClassEncoderMethod:
         fit_and_keep(
             folder,
             ws,
-            s,
             trainable,
             conditioner,
             ws.latents["train"],
@@ -430,6 +429,7 @@ class ClassEncoderMethod:
             probe=lambda: self._losses(conditioner),
             checkpoint_dtype=None if s.finetune_method == "lora" else torch.float16,  # half of the disk
             title="UNet",
+            **_training_options(s),
         )
         return {
             "transfer_epoch": epoch,
@@ -591,6 +591,18 @@ class ClassEncoderMethod:
 
     def _pixels(self) -> int:
         return self.ws.settings.image_size or self.ws.data.image_size
+
+
+def _training_options(s: View) -> dict[str, Any]:
+    """What both trainings share of the arguments of `fit_and_keep`."""
+    return dict(
+        weight_decay=s.weight_decay,
+        clip_norm=s.clip_norm,
+        label_dropout=s.label_dropout,
+        optimizer=s.optimizer,
+        gradient_checkpointing=s.gradient_checkpointing,
+        seed=s.seed,
+    )
 
 
 def _never(folder: Path, s: View) -> Mapping[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..config.settings import View
 from ..diffusion.conditions import Conditioner
 from ..diffusion.training import Latents, fit
+from ..machine.ranks import Ranks
 from ..store import files
 from ..store.run import STATE
 from .workspace import Workspace
@@ -27,26 +27,26 @@ def checkpoint_name(epoch: int) -> str:
 def fit_and_keep(
     folder: Path,
     ws: Workspace,
-    s: View,
     trainable: Mapping[str, torch.nn.Parameter],
     conditioner: Conditioner,
     train: Latents,
     *,
     epochs: int,
     batch_size: int,
-    learning_rate: float,
     probe: Probe,
-    images_per_epoch: int | None = None,
-    own_rates: Mapping[str, float] | None = None,
-    checkpoint_dtype: torch.dtype | None = None,
     title: str,
+    gradient_checkpointing: bool = False,
+    checkpoint_dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Trains as `diffusion.training.fit` does, and keeps in ``folder`` what each epoch leaves.
+    """Trains as `diffusion.training.fit` does, which takes the ``options``, and keeps what each epoch leaves.
 
-    ``history.json``: a row an epoch, {"train": loss, ..what ``probe()`` measures}. ``epoch_001.safetensors`` ..: what
-    trains, in ``checkpoint_dtype`` (None: as it is). The settings s are of the topics "training", "seed" and "how".
-    Returns the history.
+    Into ``folder`` go ``history.json``: a row an epoch, {"train": loss, ..what ``probe()`` measures}; and
+    ``epoch_001.safetensors`` ..: what trains, in ``checkpoint_dtype`` (None: as it is). ``ranks``: who shares the
+    training (None: the workspace's). Returns the history.
     """
+    ranks = ranks or ws.ranks
     history, resume = _left(folder)
     micro = files.load_json(folder / MICRO_BATCH, {"size": batch_size, "gradient_checkpointing": False})
     training = fit(
@@ -56,24 +56,17 @@ def fit_and_keep(
         train,
         epochs=epochs,
         batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=s.weight_decay,
-        clip_norm=s.clip_norm,
-        seed=s.seed,
-        own_rates=own_rates,
-        images_per_epoch=images_per_epoch,
-        label_dropout=s.label_dropout,
-        optimizer=s.optimizer,
         resume=resume,
         at_once=micro["size"],
-        gradient_checkpointing=s.gradient_checkpointing or micro["gradient_checkpointing"],
-        ranks=ws.ranks,
+        gradient_checkpointing=gradient_checkpointing or micro["gradient_checkpointing"],
+        ranks=ranks,
         title=title,
+        **options,
     )
-    with tqdm(total=epochs, initial=len(history), desc=title, unit="epoch", disable=not ws.ranks.first) as bar:
+    with tqdm(total=epochs, initial=len(history), desc=title, unit="epoch", disable=not ranks.first) as bar:
         for epoch in training:
             history.append({"train": epoch.loss, **probe()})
-            if ws.ranks.first:
+            if ranks.first:
                 kept = {name: p.to(checkpoint_dtype or p.dtype) for name, p in trainable.items()}
                 files.save_tensors(folder / checkpoint_name(epoch.number), kept)
                 files.save_json(folder / HISTORY, history)
@@ -84,7 +77,7 @@ def fit_and_keep(
                     files.save_json(folder / MICRO_BATCH, used)
             bar.set_postfix({name: f"{value:.4f}" for name, value in history[-1].items()})
             bar.update()
-    ws.ranks.wait()
+    ranks.wait()
     return history
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import data
-from ..config.settings import Settings, View
-from ..data.sources import checkout
+from ..config.settings import SHARED, Settings, View, resolve
+from ..data.sources import checkout, split_count
 from ..diffusion import backbone as backbones
 from ..diffusion import weights
 from ..diffusion.generator import Generator
@@ -71,6 +71,34 @@ class Workspace:
         """The same data and model with other settings and no result yet: its steps can be counted, and not be made."""
         other = copy.copy(self)
         other.settings, other.run = settings, _NothingMade()
+        return other
+
+    def few(self, count: int | None) -> Workspace:
+        """With so many of the training images, in the classes' proportions and at least one a class (None: all)."""
+        n = len(self.data.train)
+        count = n if count is None else max(count, self.data.num_classes)
+        if count >= n:
+            return self
+        name, _ = split_count(self.settings.dataset, checkout())
+        settings = dataclasses.replace(self.settings, dataset=f"{name}:{count}")
+        other = Workspace(settings, self.ranks)
+        other.__dict__["backbone"] = self.backbone  # the model is loaded once
+        return other
+
+    def varied(self, **changes: Any) -> Workspace:
+        """The same data, model and folder with some settings changed; what does not read these is shared.
+
+        Raises ValueError as `settings.resolve` does, and for a setting that the data or the model hang on.
+        """
+        s = self.settings
+        fixed = sorted({"dataset", "backbone", "image_size", "precision", "recipe", "seed"} & set(changes))
+        if fixed:
+            raise ValueError(f"{', '.join(fixed)} cannot be varied within a run: make another one.")
+        given = {name: getattr(s, name) for name in (*s.given, *SHARED, "storage")} | changes
+        given = {name: "none" if value is None and name in s.given else value for name, value in given.items()}
+        other = copy.copy(self)
+        other.settings = resolve(**given)
+        other.run = Run(other.settings, self.run.path, other._roots(), other._announcement, self.ranks)
         return other
 
     def _roots(self) -> dict[str, Callable[[], str]]:

@@ -77,7 +77,7 @@ def test_every_setting_but_the_projects_own_has_a_source():
 # --- topics and views ---
 
 OF_TOPICS = {
-    "data": {"dataset", "image_size"},
+    "data": {"dataset", "image_size", "inversion_images"},
     "model": {"backbone"},
     "precision": {"precision"},
     "seed": {"seed"},
@@ -89,6 +89,15 @@ OF_TOPICS = {
     },
     "training": {"weight_decay", "clip_norm", "optimizer", "label_dropout"},
     "sampling": {"unconditional", "sampler", "antialias"},
+    "inversion": {
+        *("inversion_tokens", "inversion_start", "inversion_groups", "inversion_group_images", "inversion_visits"),
+        *("inversion_checkpoints", "inversion_batch_size", "inversion_optimizer", "inversion_learning_rate"),
+        *("inversion_schedule", "inversion_weight_decay"),
+    },
+    "variants": {
+        *("inversion_steps", "inversion_guidance", "inversion_unconditional", "inversion_noise"),
+        *("inversion_noise_unit", "inversion_interpolation", "inversion_partners"),
+    },
     "default_point": {"default_steps", "default_guidance"},
     "search_space": {"steps_min", "steps_max", "guidance_min", "guidance_max"},
     "search": {
@@ -356,6 +365,11 @@ def test_the_released_recipe_is_what_the_authors_code_does():
         class_mix="balanced",
         larger_sets="random",
         select_on="test",
+        inversion_tokens=5,
+        inversion_group_images=100,
+        inversion_guidance=2.0,
+        inversion_unconditional="group_mean",
+        inversion_partners="released",
     )
     assert {name: getattr(s, name) for name in expected} == expected
     same = set(FIELDS) - set(expected) - {"recipe"}

@@ -19,10 +19,12 @@ def fit_in(folder, backbone, trainable, conditioner, train, ranks=ALONE, **chang
     """Trains in ``folder``; options of settings and of `fit_and_keep` may be changed. Returns the history."""
     options = dict(epochs=3, batch_size=8, learning_rate=1e-2, probe=dict, title="a test")
     asked = {name: changes.pop(name) for name in tuple(changes) if name in settings.FIELDS}
-    s = settings.resolve("demo", backbone="tiny", **asked).view("training", "seed", "how")
+    s = settings.resolve("demo", backbone="tiny", **asked)
     ws = types.SimpleNamespace(backbone=backbone, ranks=ranks)
     named = dict(trainable.named_parameters())
-    return fit_and_keep(folder, ws, s, named, conditioner, train, **{**options, **changes})
+    names = ("weight_decay", "clip_norm", "label_dropout", "optimizer", "gradient_checkpointing", "seed")
+    options |= {name: getattr(s, name) for name in names}
+    return fit_and_keep(folder, ws, named, conditioner, train, **{**options, **changes})
 
 
 def fit_flat(folder, model=None, contexts=None, **changes):
