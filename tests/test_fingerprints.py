@@ -83,6 +83,7 @@ OTHER = dict(
     inversion_noise_unit="spread",
     inversion_interpolation=0.3,
     inversion_partners="released",
+    inversion_study="noise",
     classifier_width=5,
     classifier_shortcut="max_pool",
     classifier_epochs=3,
@@ -180,7 +181,7 @@ def read(small, tmp_path_factory):
 
 
 HOW = {"runs_dir", "storage", "recipe", "given", "sample_batch_size", "compile_unet", "gradient_checkpointing"}
-HOW |= {"keep_unets"}  # say how a result is made, and change at most its rounding
+HOW |= {"keep_unets", "inversion_study"}  # say how a result is made, and change at most its rounding
 
 
 def test_every_setting_is_tried():

@@ -450,6 +450,16 @@ class Settings:
         doc="who may be: all of its class; released: those of its class and group, or all of the group if few",
     )
 
+    inversion_study: str = setting(
+        "visits",
+        choices=(
+            *("visits", "guidance", "steps", "unconditional", "noise", "interpolation"),
+            *("generated", "real", "ratio", "augmentation", "network"),
+        ),
+        read_by=("how",),
+        doc="the choice whose worth chapter 09 shows",
+    )
+
     # --- the classifier ---
     classifier_width: int = setting(
         16,

@@ -6,14 +6,17 @@ same classifier seeds: rows differ by what is trained on, and are compared seed 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..classify import Mixture
 from ..config.messages import unknown_name
 from ..config.settings import View
-from ..data import Split
+from ..data import Split, resize
 from ..store.run import Step
 from ..work.workspace import Source, Workspace
 from .rows import Training, row_step
@@ -84,3 +87,28 @@ def worth_step(
 def worth(ws: Workspace, source: Source | None, kind: str, **how: Any) -> dict[str, Any]:
     """A row, made if it is not there, as `rows.accuracies` gives it; arguments as `worth_step`."""
     return dict(ws.run.result(worth_step(ws, source, kind, **how)).facts)
+
+
+def through_vae(ws: Workspace) -> Split:
+    """The real training images after encoding and decoding: what the autoencoder alone takes away."""
+    latents, size = ws.latents["train"].latents, ws.data.image_size
+    decoded = [ws.backbone.decode(part) for part in latents.split(ws.settings.sample_batch_size)]
+    images = torch.cat([resize(part, size, ws.settings.antialias).cpu() for part in decoded])
+    return dataclasses.replace(ws.data.train, images=images)
+
+
+def through_vae_step(ws: Workspace, steps_of: int = 1) -> Step:
+    """The row of classifiers trained on `through_vae`, as long as those of `worth_step` with this ``steps_of``.
+
+    (Zhou et al. 2023, table 1: what a generator of these latents can reach at most.)
+    """
+    return row_step(
+        ws,
+        "worth/through_vae",
+        lambda view: Training(through_vae(ws)),
+        len(ws.data.train),
+        needs=(ws.latents_step,),
+        topics=("sampling",),
+        roots=("model",),
+        options=equal_steps(ws, steps_of),
+    )

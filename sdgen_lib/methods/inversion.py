@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from ..config.settings import Settings, View
-from ..data import Split
+from ..data import Split, resize
 from ..diffusion.conditions import Condition
+from ..diffusion.generate import generate_latents
 from ..diffusion.generator import LatentGenerator, Rounds
 from ..diffusion.training import FIXED_NOISES, Latents, fixed_loss
 from ..machine.passes import Pass, Work
@@ -341,6 +342,25 @@ class InversionMethod:
         """Draws variants of the training images; with the vectors of a checkpoint, and the settings' UGS or another."""
         source = self.source(checkpoint, guidance_scale)
         return source.build()
+
+    def draw(self, contexts: torch.Tensor, noise: torch.Tensor, guidance_scale: float | None = None) -> torch.Tensor:
+        """Images of any contexts, for pictures: float (B, tokens, width) -> uint8 (B, 3, H, W), on the CPU.
+
+        ``noise`` float (B, C, H, W) of latents, or (1, C, H, W): all start from the same. Guidance leads away from the
+        mean of all vectors.
+        """
+        ws, s, vectors = self.ws, self.ws.settings, self.vectors().vectors
+        ws.backbone.put_unet("pretrained", lambda: None)
+        latents = generate_latents(
+            ws.backbone,
+            Condition(contexts.to(ws.backbone.device)),
+            Condition(vectors.mean(0, keepdim=True).to(ws.backbone.device)),
+            noise.expand(len(contexts), -1, -1, -1),
+            num_inference_steps=s.inversion_steps,
+            guidance_scale=s.inversion_guidance if guidance_scale is None else guidance_scale,
+            sampler=s.sampler,
+        )
+        return resize(ws.backbone.decode(latents), ws.data.image_size, s.antialias).cpu()
 
     def source(self, checkpoint: int | None = None, guidance_scale: float | None = None) -> Source:
         """The generator, as tables, sets and exports take it; arguments as `generator`."""

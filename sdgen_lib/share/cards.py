@@ -20,6 +20,7 @@ from ..store.run import Result
 from .origin import Origin
 
 PAPER = "https://arxiv.org/abs/2405.02698"
+INVERSION_PAPER = "https://arxiv.org/abs/2305.15316"
 DATA_LICENCES = {
     "digits": "CC BY 4.0 (Optical Recognition of Handwritten Digits, UCI repository)",
     **dict.fromkeys(named.CIFAR, "none stated by its authors"),
@@ -119,7 +120,7 @@ The accuracy on real test images of a classifier trained on the generated images
 
 ## Limits
 
-{_limits(data)}
+{_limits(origin, data)}
 - The pictures repeat what the model believes of a class. Rare kinds within a class are likely to be missing.
 - Not for diagnosis, and not evidence of how a classifier does on images of another source.
 
@@ -143,12 +144,15 @@ def generator_card(
         tags=["class-conditional", "sdgen"],
     ).to_yaml()
     images = f", {measured.facts['num_images']} images" if measured else ""
+    told = "the class by a context of its own"
+    if _inverted(origin):
+        told = "a vector that was learned from one real training image of the class"
     return f"""---
 {yaml}
 ---
 # A generator of {_cell(origin.dataset)}, class by class
 
-A latent diffusion model that is told the class by a context of its own: labels in, uint8 images of {data.image_size}x\
+A latent diffusion model that is told {told}: labels in, uint8 images of {data.image_size}x\
 {data.image_size} pixels out.
 
 ```python
@@ -173,8 +177,13 @@ The accuracy on real test images of a classifier trained on generated images alo
 
 ## Limits
 
-{_limits(data)}
+{_limits(origin, data)}
 """
+
+
+def _inverted(origin: Origin) -> bool:
+    """Whether it is drawn from vectors of training images."""
+    return any(step.startswith("inversion/") for step in origin.steps)
 
 
 def _loading(form: str, out: str, data: ImageData, **values: Any) -> str:
@@ -196,6 +205,12 @@ def _method(origin: Origin) -> str:
         how = (
             "*Stable Diffusion Dataset Generation for Downstream Classification Tasks* "
             f"([arXiv 2405.02698]({PAPER})), by `sdgen`, {_cell(origin.row)}: {', '.join(done)}."
+        )
+    if _inverted(origin):
+        how = (
+            "*Training on Thin Air: Improve Image Classification with Generated Data* "
+            f"([arXiv 2305.15316]({INVERSION_PAPER})), by `sdgen`: Diffusion Inversion, a vector for each of the "
+            "training images, disturbed and mixed."
         )
     known = {**origin.settings, **origin.point}
     rows = {
@@ -247,8 +262,12 @@ def _licence(origin: Origin) -> str:
 - the pretrained model, {_cell(origin.backbone)}: {_cell(model)}."""
 
 
-def _limits(data: ImageData) -> str:
-    return f"""- Made from {len(data.train)} real training images. A diffusion model can come close \
+def _limits(origin: Origin, data: ImageData) -> str:
+    private = """- **Privacy:** each image was drawn from a vector that was learned from one real training image, to \
+predict just that image. Treat the vectors, and near copies among the images, as you would treat the real ones.
+"""
+    warning = private if _inverted(origin) else ""
+    return f"""{warning}- Made from {len(data.train)} real training images. A diffusion model can come close \
 to single ones: before publishing, check private data for near copies.
 - Drawn at the model's own size and resized to {data.image_size}x{data.image_size} pixels: \
 no finer detail is in it."""

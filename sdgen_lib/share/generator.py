@@ -28,7 +28,9 @@ from ..diffusion.samplers import SAMPLERS
 from ..store import files
 
 FACTS, CONDITIONER, CLASS_ENCODER = "generator.json", "conditioner.safetensors", "class_encoder.safetensors"
-FORMAT = 2  # of the folder; format 1 held a Class-Encoder's weights where 2 has what it makes of each class
+# Of the folder: 1 held a Class-Encoder's weights where 2 has what it makes of each class; 3 has a vector for each
+# training image instead (Diffusion Inversion). Each is written as the oldest one that can hold it.
+FORMAT = 3
 
 # What is read of `FACTS`, and what each value must be.
 READ: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -47,6 +49,13 @@ READ_OF_FORMAT_1: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (lambda v: v is None or (type(v) is int and v > 0), "null or a whole number above 0"),
     "unconditional": (lambda v: v in ("zero", "empty_prompt", "class_mean"), "zero, empty_prompt or class_mean"),
 }
+VECTOR_TENSORS = ("vectors", "labels", "groups", "unconditional_contexts", "unconditional_of_vector")
+READ_OF_FORMAT_3: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "noise": (lambda v: type(v) in (int, float) and 0 <= v < float("inf"), "a number of at least 0"),
+    "interpolation": (lambda v: type(v) in (int, float) and 0 <= v <= 1, "a number from 0 to 1"),
+    "partners": (lambda v: v in ("class", "released"), "class or released"),
+}
+READ_OF_FORMAT = {1: READ_OF_FORMAT_1, 2: {}, 3: READ_OF_FORMAT_3}
 
 
 # --- saving ---
@@ -57,13 +66,15 @@ def save(generator: Generator, folder: str | Path, facts: Mapping[str, Any]) -> 
 
     ``facts``: what else `FACTS` is to say, as JSON can hold it: what the generator was trained on, with which settings.
     Weights are float32 safetensors, so that its images are the run's, bit for bit on the same machine.
-    Raises ValueError for a generator whose condition is not one fixed context for each class.
+    Raises ValueError for a generator whose condition is neither one fixed context for each class nor a vector for each
+    training image.
     """
-    table, folder = _table(generator), Path(folder)
+    folder = Path(folder)
+    told, tensors = _told(generator)
     _save_pipeline(generator, folder)
-    files.save_tensors(folder / CONDITIONER, {"contexts": table.contexts.float(), "empty": table.empty.float()})
+    files.save_tensors(folder / CONDITIONER, tensors)
     own = {
-        "format": FORMAT,
+        **told,
         "class_names": list(generator.class_names),
         "num_inference_steps": generator.num_inference_steps,
         "guidance_scale": generator.guidance_scale,
@@ -75,15 +86,23 @@ def save(generator: Generator, folder: str | Path, facts: Mapping[str, Any]) -> 
     files.save_json(folder / FACTS, {**facts, **own})
 
 
-def _table(generator: Generator) -> ContextTable:
-    """One context for each class, as the generator's conditioner has it or makes it."""
+def _told(generator: Generator) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What its images are told, as facts and as tensors: a context for each class, or a vector for each image."""
+    from ..methods.inversion import InvertedImages
+
     conditioner = getattr(generator, "conditioner", None)
     if not isinstance(conditioner, ContextTable) and hasattr(conditioner, "table"):
         conditioner = conditioner.table()
-    if not isinstance(generator, LatentGenerator) or not isinstance(conditioner, ContextTable):
-        told = type(generator if conditioner is None else conditioner).__name__
-        raise ValueError(f"Only a generator with one fixed context for each class can be saved, and {told} has none.")
-    return conditioner
+    if isinstance(generator, LatentGenerator) and isinstance(conditioner, ContextTable):
+        return {"format": 2}, {"contexts": conditioner.contexts.float(), "empty": conditioner.empty.float()}
+    if isinstance(generator, LatentGenerator) and isinstance(conditioner, InvertedImages):
+        facts = {name: getattr(conditioner, name) for name in READ_OF_FORMAT_3}
+        return {"format": 3, **facts}, {name: getattr(conditioner, name) for name in VECTOR_TENSORS}
+    told = type(generator if conditioner is None else conditioner).__name__
+    raise ValueError(
+        "Only a generator with one fixed context for each class, or with a vector for each training image, can be "
+        f"saved, and {told} has neither."
+    )
 
 
 def _save_pipeline(generator: LatentGenerator, folder: Path) -> None:
@@ -136,7 +155,7 @@ def load(folder: str | Path, device: str | None = None, precision: str = "auto")
     path = folder / (CLASS_ENCODER if facts["format"] == 1 else CONDITIONER)
     tensors = _tensors(path)  # before the backbone's gigabytes
     backbone = backbones.load(str(folder.absolute()), device, precision)
-    read = _table_of_class_encoder if facts["format"] == 1 else _table_of_contexts
+    read = {1: _table_of_class_encoder, 2: _table_of_contexts, 3: _inverted_images}[facts["format"]]
     return LatentGenerator(
         backbone,
         read(path, tensors, facts, backbone),
@@ -164,7 +183,7 @@ def _facts(path: Path) -> dict[str, Any]:
         raise _damaged(path, f'"format" is {shown(version)}')
     if version > FORMAT:
         raise ValueError(f"{path} is of format {version}; this version reads up to {FORMAT}: update sdgen.")
-    for name, (is_right, what) in {**READ, **(READ_OF_FORMAT_1 if version == 1 else {})}.items():
+    for name, (is_right, what) in {**READ, **READ_OF_FORMAT[version]}.items():
         if not is_right(facts.get(name)):
             raise _damaged(path, f'"{name}" is {shown(facts.get(name))}, not {what}')
     check_class_names(tuple(facts["class_names"]), path)
@@ -188,6 +207,29 @@ def _table_of_contexts(
     if contexts.shape != (len(facts["class_names"]), tokens, backbone.width) or empty.shape != (tokens, backbone.width):
         raise _damaged(path, "its contexts are not of these classes and this model")
     return ContextTable(contexts.to(backbone.device), empty.to(backbone.device))
+
+
+def _inverted_images(path: Path, tensors: dict[str, torch.Tensor], facts: Mapping[str, Any], backbone: Backbone):
+    """Of a folder of format 3: an `InvertedImages`."""
+    from ..methods.inversion import InvertedImages
+
+    found = {name: tensors.get(name, torch.empty(0)) for name in VECTOR_TENSORS}
+    vectors, away = found["vectors"], found["unconditional_contexts"]
+    n, tokens = (len(vectors), vectors.shape[1]) if vectors.ndim == 3 else (0, 0)
+    highest = {"labels": len(facts["class_names"]), "groups": n, "unconditional_of_vector": len(away)}
+    right = n and tokens and vectors.shape[2] == backbone.width and away.shape[1:] == vectors.shape[1:]
+    right = right and torch.isfinite(vectors).all() and torch.isfinite(away).all()
+    for name, high in highest.items():
+        numbers = found[name]
+        right = right and numbers.dtype == torch.int64 and numbers.shape == (n,)
+        right = right and 0 <= int(numbers.min()) <= int(numbers.max()) < high
+    if not right:
+        raise _damaged(path, "its vectors are not of these classes and this model")
+    return InvertedImages(
+        **{name: found[name].to(backbone.device) if found[name].ndim == 3 else found[name] for name in VECTOR_TENSORS},
+        num_classes=len(facts["class_names"]),
+        **{name: facts[name] for name in READ_OF_FORMAT_3},
+    )
 
 
 def _table_of_class_encoder(

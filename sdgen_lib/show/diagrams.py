@@ -11,7 +11,8 @@ from matplotlib.patches import FancyBboxPatch
 from ..config.messages import unknown_name
 from . import figures
 
-ENCODERS = ("Class-Encoder", "text encoder")  # the first part is one of them
+# The first part is one of these, and this is what it takes.
+ENCODERS = {"Class-Encoder": "class\nlabel", "text encoder": "caption", "image vectors": "training\nimage"}
 PARTS = (*ENCODERS, "UNet", "VAE", "ResNet20")
 FLOW = ("context", "latents", "images")  # what goes from one part to the next
 FILL = {"frozen": "#EEEEEE", "trained": figures.ORANGE, "to come": "white"}  # the word is in the box too
@@ -42,8 +43,7 @@ def method(
         _part(ax, i, name, state)
         if name in searched:
             _knobs(ax, i, searched[name])
-    label = "caption" if encoder == "text encoder" else "class\nlabel"
-    ax.text(-0.72, 0.05, label, ha="right", va="center", fontsize=9)
+    ax.text(-0.72, 0.05, ENCODERS[encoder], ha="right", va="center", fontsize=9)
     ax.annotate("", (3.7, 0.05), (3.33, 0.05), arrowprops=ARROW)
     ax.text(3.72, 0.05, "CAS", va="center", fontsize=10, weight="bold")
     return figure

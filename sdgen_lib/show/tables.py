@@ -77,6 +77,30 @@ def scaling_table(rows: Rows, dataset: str) -> pd.DataFrame:
     return _with_published(table, dataset, paper.TABLE_2, "accuracy % ({})")
 
 
+def worth_table(rows: Rows, beside: str | None = "real") -> pd.DataFrame:
+    """Rows of `evaluate.worth`, one below the other: accuracies in percent, and each one's difference to ``beside``.
+
+    The difference is paired by classifier seeds, with its 95 % interval, in points; see `compared`. ``beside`` None: no
+    differences. Empty without rows.
+    """
+    table = {}
+    for name, row in rows.items():
+        shown = {
+            f"accuracy %, {OVER_CLASSIFIERS}": percent(row["test"]),
+            BY_TEST_IMAGES: f"{100 * standard_error(np.mean(row['test']), row['num_test']):.1f}",
+            "balanced %": percent(row["balanced_test"]),
+            f"{LARGEST} %": percent([row["largest_class"]]),
+            "images": row["num_images"],
+            "steps": row["steps"][0],
+        }
+        if beside in rows:
+            mean, low, high, verdict = compared(row["test"], rows[beside]["test"])
+            within = "" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
+            shown[f"minus {beside}"] = "" if name == beside else f"{mean:+.1f}{within}: {verdict}"
+        table[name] = shown
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
 def _accuracy(row: Mapping[str, Any], what: str) -> dict[str, str]:
     """A row's accuracy on real test images, and what has to be known to judge it; "" for what the row does not say."""
     accuracies = row["test"]

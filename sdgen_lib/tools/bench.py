@@ -1,8 +1,9 @@
 """Speed and memory, measured: ``python -m sdgen_lib bench WHAT``.
 
-``sampler``, ``train``, ``classifier``, ``search`` and ``course`` run ours and a named peer in one process on the same
-weights, batch, steps, guidance and images, by turns after a warm-up: the median of each, their ratio with its spread,
-and the share of the machine's own ceiling, a large matrix product of the same dtype measured in the same run.
+``sampler``, ``train``, ``inversion``, ``classifier``, ``search`` and ``course`` run ours and a named peer in one
+process on the same weights, batch, steps, guidance and images, by turns after a warm-up: the median of each, their
+ratio with its spread, and the share of the machine's own ceiling, a large matrix product of the same dtype measured in
+the same run.
 ``images`` shows what speed costs in pixels and CAS, ``scaling`` how time and memory grow, ``phases`` what each part of
 the method costs on one backbone.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +38,7 @@ from ..machine.devices import as_device, classifier_dtype, default_device
 from ..machine.parallel import side_by_side
 from ..machine.seeds import image_noise
 from ..methods.class_encoder import ClassEncoder
+from ..methods.inversion import VectorTable
 from ..store import files
 from .bench_runs import exactness, pixel_difference, pruning, whole_course
 from .bench_tools import Peak, ceiling, compare, encoder_for, flops, load, pipeline_of, seconds
@@ -209,6 +212,50 @@ def plain_step(model: Backbone, encoder: ClassEncoder, latents: torch.Tensor, la
     F.mse_loss(found.float(), noise).backward()
 
 
+def inversion(o: argparse.Namespace) -> list[dict[str, Any]]:
+    """Visits of Diffusion Inversion's vectors, one of each, against a plain float32 loop on the same UNet.
+
+    Both at batches of 128 (`demo`) and of 50 (the released code); the images are encoded beforehand on both sides.
+    """
+    model, exact = load(o.backbone, o.device, "auto"), load(o.backbone, o.device, "fp32")
+    digits = data.load("digits")
+    images, labels = digits.train.images[: o.images], digits.train.labels[: o.images]
+    latents = Latents(model.encode(images), labels.to(o.device))
+    start = torch.zeros(model.tokens, model.width)
+    rows = []
+    for batch_size in (128, 50):
+        how = dict(epochs=1, batch_size=batch_size, learning_rate=0.03, weight_decay=0.0, clip_norm=math.inf, seed=0)
+        how |= dict(optimizer="row-adam", schedule="constant")
+
+        def ours() -> None:
+            table = VectorTable(start, len(latents), sparse=True).to(o.device)
+            for _ in fit({"vectors": table.table.weight}, model, table, latents, **how):
+                pass
+
+        peer = plain_inversion(exact, latents, start, batch_size)
+        name = f"inversion, {o.backbone}, batch {batch_size}"
+        rows.append(compare(name, ours, peer, "a plain loop, float32, AdamW", len(latents), o.device, o.repeats))
+    return rows
+
+
+def plain_inversion(model: Backbone, train: Latents, start: torch.Tensor, batch_size: int) -> Callable[[], None]:
+    """The peer's loop over the latents, as one would write it first: a dense table, AdamW."""
+    table = start.expand(len(train), -1, -1).clone().to(model.device).requires_grad_()
+    optimizer = torch.optim.AdamW([table], lr=0.03)
+
+    def visits() -> None:
+        for rows in torch.randperm(len(train)).split(batch_size):
+            latents = train.latents[rows]
+            t = torch.randint(0, len(model.alphas_cumprod), (len(rows),), device=model.device)
+            noise = torch.randn_like(latents)
+            noisy = add_noise(latents, noise, model.alphas_cumprod[t])
+            optimizer.zero_grad()
+            F.mse_loss(model.predict_noise(noisy, t, Condition(table[rows])).float(), noise).backward()
+            optimizer.step()
+
+    return visits
+
+
 # --- the classifier ---
 
 
@@ -328,6 +375,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "course": whole_course,
     "scaling": scaling,
     "phases": phases,
+    "inversion": inversion,
 }
 AS_TABLE = ("scaling", "phases")  # rows of one kind; the others have a name and a peer
 
@@ -356,7 +404,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="images at once (sampler: 256; phases: 4)")
     parser.add_argument("--steps", type=int, default=25, help="inference steps (IS)")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale (UGS)")
-    parser.add_argument("--images", type=int, default=1024, help="training images of `train`")
+    parser.add_argument("--images", type=int, default=1024, help="training images of `train` and `inversion`")
     parser.add_argument("--repeats", type=int, default=3, help="turns, or seeds of `search` and `images`")
     parser.add_argument("--precision", nargs="+", default=["auto"], help="of `phases`: fp32 bf16 fp16")
     parser.add_argument("--optimizer", nargs="*", default=["adamw"], help="of `phases`: adamw adamw-8bit")

@@ -68,7 +68,7 @@ def test_every_setting_but_the_projects_own_has_a_source():
         *("dataset", "recipe", "seed", "runs_dir", "storage", "given", "precision", "class_encoder_start", "lora_rank"),
         *("optimizer", "compile_unet", "gradient_checkpointing", "keep_unets", "sample_batch_size", "default_steps"),
         *("default_guidance", "classifier_epoch_images", "classifier_epoch_limit", "classifier_seeds"),
-        "rescoring_classifiers",
+        *("rescoring_classifiers", "inversion_study"),
     }
     assert {name for name, field in FIELDS.items() if field.metadata["source"]} == set(FIELDS) - ours
     assert not set(RECIPES["released"]) & ours
@@ -120,7 +120,7 @@ OF_TOPICS = {
     "larger_sets": {"larger_sets", "max_multiple"},
     "how": {
         *("runs_dir", "storage", "recipe", "sample_batch_size", "compile_unet", "gradient_checkpointing"),
-        *("keep_unets", "given"),
+        *("keep_unets", "given", "inversion_study"),
     },
 }
 

@@ -15,6 +15,7 @@ from sdgen_lib.diffusion.training import Latents, fit, optimizer_for
 from sdgen_lib.evaluate import sets
 from sdgen_lib.methods import inversion
 from sdgen_lib.methods.inversion import InversionMethod, InvertedImages, Vectors, VectorTable
+from sdgen_lib.share import export, generator
 from sdgen_lib.store import files
 
 # --- stage 1 ---
@@ -84,7 +85,7 @@ def test_the_released_adamw_decays_the_vectors_outside_of_a_batch():
 
 def test_the_released_start_is_that_of_a_linear_layer():
     found = inversion.uniform_start(100, 5, 768, seed=0)
-    linear = nn.Linear(100, 5 * 768).weight
+    linear = nn.Linear(100, 5 * 768).weight.detach()
     assert found.shape == (100, 5, 768) and float(found.std()) == pytest.approx(0.058, abs=5e-4)
     assert float(found.abs().max()) == pytest.approx(float(linear.abs().max()), rel=1e-3)
     assert not torch.equal(found, inversion.uniform_start(100, 5, 768, seed=1))
@@ -264,8 +265,8 @@ def test_a_block_draws_each_training_image_once(method):
     source, ws = method.source(), method.ws
     images = sets.synthetic(ws, source, 2)
     assert images.images.shape == (12, 3, 8, 8)
-    generator = source.build()
-    again = generator(ws.data.train.labels.sort().values, seed=0, set_name="synthetic", first_index=6)
+    drawing = source.build()
+    again = drawing(ws.data.train.labels.sort().values, seed=0, set_name="synthetic", first_index=6)
     assert (again.int() - images.images[6:].int()).abs().max() <= 1
 
 
@@ -314,3 +315,40 @@ def test_recipes_follow_the_paper_and_the_released_code():
     assert rows and all(name.startswith("inversion_") for name in rows)
     assert not rows & {row["setting"] for row in protocol(paper)}
     assert followed(paper, "inversion") == f"the paper in {len(rows)} of {len(rows)} settings"
+
+
+# --- taken away ---
+
+
+def test_the_saved_generator_draws_what_the_run_draws(method, tmp_path):
+    out = export.export(method.ws, method.source(), "generator", tmp_path / "out")
+    loaded = generator.load(out, device="cpu", precision="fp32")
+    labels, mine = torch.tensor([0, 1, 1, 0]), method.source().build()
+    assert torch.equal(loaded(labels, seed=3, first_index=5), mine(labels, seed=3, first_index=5))
+    assert isinstance(loaded.conditioner, InvertedImages) and loaded.conditioner.noise == 0.1
+    card = (out / "README.md").read_text()
+    assert "2305.15316" in card and "2405.02698" not in card and "learned from one real training image" in card
+    exported = export.export(method.ws, method.source(), "npz", tmp_path / "set", multiple=1)
+    assert "**Privacy:**" in (exported / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t: t.pop("groups"),
+        lambda t: t.update(vectors=t["vectors"][:, :, :-1].contiguous()),
+        lambda t: t.update(labels=t["labels"] + 1),
+        lambda t: t.update(labels=t["labels"].float()),
+        lambda t: t.update(unconditional_of_vector=t["unconditional_of_vector"] - 1),
+        lambda t: t.update(vectors=torch.full_like(t["vectors"], float("nan"))),
+    ],
+    ids=["missing", "width", "class", "dtype", "unconditional", "nan"],
+)
+def test_damaged_vectors_are_not_loaded(method, tmp_path, damage):
+    out = export.export(method.ws, method.source(), "generator", tmp_path / "out")
+    path = out / "conditioner.safetensors"
+    tensors = files.load_tensors(path)
+    damage(tensors)
+    files.save_tensors(path, tensors)
+    with pytest.raises(ValueError, match="not of these classes and this model"):
+        generator.load(out, device="cpu", precision="fp32")

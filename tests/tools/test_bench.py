@@ -192,6 +192,7 @@ def uncompiled(monkeypatch):
     [
         (["sampler", "--batch", "4", "--steps", "2"], "ratio"),
         (["train", "--images", "40"], "ratio"),
+        (["inversion", "--images", "40"], "ratio"),
         (["classifier"], "ratio"),
         (["phases", "--batch", "2", "--steps", "2", "--precision", "fp32", "bf16"], "images/s"),
         (["scaling"], "images/s"),
@@ -218,7 +219,7 @@ def small(config, **changes):
     return {**config, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, **changes}
 
 
-@pytest.mark.parametrize("what", ["sampler", "train", "phases"])
+@pytest.mark.parametrize("what", ["sampler", "train", "phases", "inversion"])
 def test_a_model_with_random_weights_needs_no_files(what, monkeypatch, uncompiled):
     """ "sd2-random", here with few channels."""
     unet = small(bench_tools.SD2_UNET, attention_head_dim=8, cross_attention_dim=16)
