@@ -379,7 +379,7 @@ class Settings:
         high=MANY,
         read_by=("inversion",),
         source="not in the paper; released: 50",
-        doc="images of one optimiser step",
+        doc="most images of one optimiser step; all that train together are divided evenly",
     )
     inversion_optimizer: str = setting(
         "adamw",

@@ -82,6 +82,14 @@ def groups_of(labels: torch.Tensor, kind: str, largest: int | None) -> list[torc
     return [part for rows in whole for part in rows.chunk(math.ceil(len(rows) / (largest or len(rows))))]
 
 
+def even_batch(images: int, largest: int) -> int:
+    """Images of a batch, so that equal ones of at most ``largest`` make a round of all the ``images``.
+
+    Larger than a round, a batch would hold an image twice, and its vector would move once in two visits.
+    """
+    return math.ceil(images / math.ceil(images / largest))
+
+
 @dataclasses.dataclass(frozen=True)
 class Vectors:
     """The trained vectors: float32 (N, tokens, width), and of each one: int64 (N,) its ``rows`` in the training set,
@@ -256,7 +264,9 @@ class InversionMethod:
             needs=tuple(needs),
             roots=("data", "model"),
             inputs={"group": group},
-            work=lambda: {Pass("context gradient", s.inversion_batch_size): images * s.inversion_visits},
+            work=lambda: {
+                Pass("context gradient", even_batch(images, s.inversion_batch_size)): images * s.inversion_visits
+            },
             title=title if len(self.groups) == 1 else "",
             version=VERSION,
         )
@@ -462,7 +472,7 @@ class InversionMethod:
             table,
             train,
             epochs=s.inversion_checkpoints,
-            batch_size=s.inversion_batch_size,
+            batch_size=even_batch(len(rows), s.inversion_batch_size),
             images_per_epoch=math.ceil(len(rows) * s.inversion_visits / s.inversion_checkpoints),
             learning_rate=s.inversion_learning_rate,
             weight_decay=s.inversion_weight_decay,

@@ -101,6 +101,11 @@ def test_groups_hold_every_row_once_and_at_most_so_many():
     assert [rows.tolist() for rows in of_a_class] == [[0, 2, 4], [6, 7], [1, 3, 5]]
 
 
+@pytest.mark.parametrize(("images", "largest", "size"), [(50, 128, 50), (200, 128, 100), (100, 50, 50), (7, 3, 3)])
+def test_batches_are_even_and_hold_no_image_twice(images, largest, size):
+    assert inversion.even_batch(images, largest) == size <= min(images, largest)
+
+
 # --- stage 2 ---
 
 
