@@ -50,12 +50,12 @@ def real_or_generated(course: Course, num_questions: int | None = None, epochs: 
     n, made = len(course.data.train), course.synthetic(2)
     random = torch.Generator().manual_seed(course.settings.seed)
     fresh = made.take(n + torch.randperm(n, generator=random))  # block 2
-    chosen = len(fresh) // 3
+    chosen = max(1, len(fresh) // 3)  # with two classes there are two images or more
     val, _ = _mixed(course.data.val, fresh.take(range(chosen)), random)
     test, classes = _mixed(course.data.test, fresh.take(range(chosen, n)), random)
     ask = len(test) // 2
-    if not ask or not chosen:
-        raise ValueError(f"{n} training and {len(course.data.test)} test images are too few for a quiz: give 3 and 1.")
+    if not ask:
+        raise ValueError(f"{n} training and {len(course.data.test)} test images are too few for a quiz: give 2 and 1.")
     half = min(QUESTIONS // 2, ask) if num_questions is None else num_questions // 2
     if half > ask:
         raise ValueError(f"num_questions must be at most {2 * ask} with these few images, not {num_questions}.")

@@ -431,3 +431,11 @@ def test_no_explorer_writes_html_of_its_own():
         text = path.read_text(encoding="utf-8")
         assert text.count("ipywidgets.HTML") == (path.name == "widgets.py"), path
         assert "words.value" not in text
+
+
+def test_two_training_images_are_enough_for_a_quiz(small, tmp_path):
+    """One of each class, as three pictures of each make them."""
+    dataset = small(tmp_path).settings.dataset
+    course = small(tmp_path, dataset=f"{dataset}:2", n_trials=1, rescored=0, num_images=2)
+    found, accuracy = explore_classes.real_or_generated(course, epochs=1)
+    assert len(found.images) == 2 and sorted(found.is_real.tolist()) == [False, True] and 0 <= accuracy <= 1
