@@ -39,7 +39,7 @@ ROWS = ("after 1", "after 2", "after 3", "after 4")  # of table 1: where the ste
 JOURNAL = "journal.log"
 ENCODER = "class_encoder."  # before the names of its parameters in a checkpoint of step 3
 TRAINING_VERSION = 2  # of steps 1 and 3: raised whenever the same settings would train otherwise
-SEARCH_VERSION = 3  # of both searches: raised whenever the same settings would score trials otherwise
+SEARCH_VERSION = 4  # of both searches: raised whenever the same settings would score trials otherwise
 SAMPLING = ("sampling", "class_encoder", "precision", "seed")  # what drawing an image reads, besides its point
 
 
@@ -179,7 +179,7 @@ class ClassEncoderMethod:
             topics=("search", "search_space", "classifier", *SAMPLING),
             needs=(self.transfer_step,),
             roots=("data",),
-            work=lambda: self._search_work(self.ws.settings.n_trials, self.first_space()),
+            work=lambda: self._search_work(self.ws.settings.n_trials, self.first_space(), self.ws.settings.rescored),
             title=f"Step 2: the search, {self.ws.settings.n_trials} trials",
         )
 
@@ -208,7 +208,7 @@ class ClassEncoderMethod:
             topics=("retune", "search_space", "classifier", *SAMPLING),
             needs=(self.transfer_step, self.tune_step(), self.finetune_step),
             roots=("data",),
-            work=lambda: self._search_work(_retune_trials(self.ws.settings), self._bounded_space()),
+            work=self._retune_work,
             title=f"Step 4: the search, {_retune_trials(self.ws.settings)} trials",
         )
 
@@ -566,13 +566,18 @@ class ClassEncoderMethod:
         }
         return work if before is None or self.ws.run.peek(before) else total([work, before.work()])
 
-    def _search_work(self, n_trials: int, space: Space) -> Work:
+    def _retune_work(self) -> Work:
+        s = self.ws.settings
+        rescored = s.rescored + (s.incumbent_first and s.rescored > 0)  # the known point too, at most
+        return self._search_work(_retune_trials(s), self._bounded_space(), rescored)
+
+    def _search_work(self, n_trials: int, space: Space, rescored: int) -> Work:
         """At the middle of the range of IS: what a search will draw is not known."""
         s = self.ws.settings
-        images = (n_trials + s.rescored) * s.num_images
+        images = (n_trials + rescored) * s.num_images
         share = cost.PRUNED_SHARE if s.pruning else 1.0
         classifier = classifier_work(s, s.num_images, self._pixels(), self.ws.data.num_classes)
-        trainings = n_trials * share + s.rescored * s.rescoring_classifiers
+        trainings = n_trials * share + rescored * s.rescoring_classifiers
         trained = {kind: trainings * count for kind, count in classifier.items()}
         return total([self._sampled(sum(space.IS) / 2, 2.0, images), trained])
 

@@ -295,17 +295,18 @@ def rescore(
 ) -> None:
     """Draws the ``count`` best complete trials anew and scores each with several classifiers: what `chosen` goes by.
 
+    So are the known points of `search`, however they did: one of them stands in a table already, and only what is
+    better on equal terms should take its place.
     The best of many trials owes some of its value to luck: of its noise, and of its one classifier. So ``images_of``
     should draw from other noise than the trials', and ``classifier_seeds`` be none of theirs; the rest as in `search`.
-    Of trials of the same point the best one stands for all. ``count`` * len(``classifier_seeds``) classifiers are
-    trained, or fewer where fewer trials are complete; those of one trial side by side on the cores.
+    Of trials of the same point the best one stands for all. Those of one trial are trained side by side on the cores.
     What they reached stays in the study trial by trial, so that a killed rescoring goes on.
     Raises ValueError where there is nothing to score or no classifier to score it.
     """
     seeds = [int(seed) for seed in classifier_seeds]
     if count < 1 or not seeds:
         raise ValueError(f"count is {count}, and there are {len(seeds)} classifier_seeds: give one or more of each.")
-    few = _best_few(study, count)
+    few = [t for rank, t in enumerate(_best_few(study)) if rank < count or t.user_attrs.get(KNOWN)]
     tests = {"test": data.test} if select_on == "test" else {}
     with tqdm(total=len(few) * len(seeds), desc=f"{study.study_name}: rescoring", unit="classifier") as bar:
         for trial in few:
@@ -329,13 +330,13 @@ def rescore(
             study.set_user_attr(RESCORED, [*others, {"point": trial.params, "seeds": seeds, "values": values}])
 
 
-def _best_few(study: optuna.Study, count: int | None = None) -> list[FrozenTrial]:
-    """The best complete trials of different points, the best one first; of equal ones the earlier."""
+def _best_few(study: optuna.Study) -> list[FrozenTrial]:
+    """The complete trials of different points, the best one first; of equal ones the earlier."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     points: dict[tuple, FrozenTrial] = {}
     for trial in sorted(complete, key=lambda trial: -trial.value):
         points.setdefault(tuple(trial.params[name] for name in PARAMETERS), trial)
-    return list(points.values())[:count]
+    return list(points.values())
 
 
 def rescored_values(study: optuna.Study) -> dict[int, list[float]]:

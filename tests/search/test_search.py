@@ -490,11 +490,11 @@ def test_a_space_after_another_keeps_the_smallest_guidance():
 # --- choosing one of the best few ---
 
 
-def hand_made(path, rows):
-    """A study in a file of complete trials (UGS, value) and pruned ones (UGS, None)."""
+def hand_made(path, rows, known=()):
+    """A study in a file of complete trials (UGS, value) and pruned ones (UGS, None), those numbered in ``known`` given ones."""
     study = opened(path)
     distributions = dict(DISTRIBUTIONS, UGS=optuna.distributions.FloatDistribution(0.0, 9.0))
-    for guidance, value in rows:
+    for number, (guidance, value) in enumerate(rows):
         study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.PRUNED if value is None else TrialState.COMPLETE,
@@ -502,7 +502,7 @@ def hand_made(path, rows):
                 params={"IS": 5, "UGS": guidance, "epoch": 1},
                 distributions=distributions,
                 user_attrs={"value": value or 0.99, "val_accuracy": value or 0.99, "test_accuracy": 0.0}
-                | {"classifier_epochs": 3, "seconds": 1.0},
+                | {"classifier_epochs": 3, "seconds": 1.0, "known": number in known},
             )
         )
     return study
@@ -551,6 +551,14 @@ def test_the_best_few_are_scored_again_and_the_best_mean_is_chosen(tmp_path, dig
         np.testing.assert_allclose(frame["standard error"], np.std([0.01, 0.02], ddof=1) / np.sqrt(2))
         assert frame["first value"].tolist() == [0.7, 0.8, 0.9] and frame.classifiers.eq(2).all()
         assert trials_frame(found).index[trials_frame(found).chosen].tolist() == [3]
+
+
+def test_a_known_point_is_scored_again_however_it_did(tmp_path, digits, scored):
+    study = hand_made(tmp_path / "journal.log", ROWS, known=[5])
+    rescored_study(study, digits, count=1)
+    assert sorted({ugs for ugs, _ in scored}) == [3, 7] and chosen(study).number == 5
+    rescored_study(study, digits, count=6)  # it is among the best six: not twice
+    assert rescored_frame(study).index.tolist() == [5, 3, 2, 0]
 
 
 def test_a_killed_rescoring_goes_on(tmp_path, digits, scored):
