@@ -491,7 +491,7 @@ def test_a_space_after_another_keeps_the_smallest_guidance():
 
 
 def hand_made(path, rows, known=()):
-    """A study in a file of complete trials (UGS, value) and pruned ones (UGS, None), those numbered in ``known`` given ones."""
+    """A study of complete trials (UGS, value) and pruned ones (UGS, None); those numbered in ``known`` were given."""
     study = opened(path)
     distributions = dict(DISTRIBUTIONS, UGS=optuna.distributions.FloatDistribution(0.0, 9.0))
     for number, (guidance, value) in enumerate(rows):
