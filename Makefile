@@ -8,22 +8,24 @@ PARAMETERS = $(if $(DATASET),-p dataset "$$DATASET") $(if $(BACKBONE),-p backbon
              $(if $(RECIPE),-p recipe "$$RECIPE") $(if $(SEED),-p seed "$$SEED") \
              $(if $(RUNS_DIR),-p runs_dir "$$RUNS_DIR")
 RUNS      = $(or $(RUNS_DIR),runs)
-NOTEBOOKS = $(sort $(wildcard notebooks/0[0-7]_*.ipynb))
+course:    NOTEBOOKS = $(sort $(wildcard notebooks/0[0-7]_*.ipynb))
+inversion: NOTEBOOKS = $(sort $(wildcard notebooks/0[89]_*.ipynb))
 
 # The environment's own kernel runs the notebooks, even where the user has another one called python3.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help course test lint lab clean
+.PHONY: help course inversion test lint lab clean
 
 help:
 	@echo "make course  run notebooks 00 to 07 and print the tables; DATASET, BACKBONE, RECIPE, SEED, RUNS_DIR to choose"
+	@echo "make inversion  run notebooks 08 and 09 (Diffusion Inversion); the same to choose"
 	@echo "make test    run every test"
 	@echo "make lab     open the notebooks in JupyterLab"
 	@echo "make lint    check the code and its format with ruff"
 	@echo "make clean   remove caches and build products; keeps runs/ and the environment"
 	@echo "Each installs what it needs into $(VENV) first (VENV=... for another place)."
 
-course: $(VENV)/.installed
+course inversion: $(VENV)/.installed
 	@mkdir -p "$(RUNS)/executed"
 	@for notebook in $(NOTEBOOKS); do \
 		executed="$(RUNS)/executed/$$(basename $$notebook)"; \
@@ -32,8 +34,7 @@ course: $(VENV)/.installed
 			|| { echo "$$notebook stopped; how far it came is in $$executed" >&2; exit 1; }; \
 	done
 	@echo
-	@$(VENV)/bin/python -m sdgen_lib report "$(RUNS)"
-	@echo
+	@test $@ != course || { $(VENV)/bin/python -m sdgen_lib report "$(RUNS)" && echo; }
 	@echo "The executed notebooks are in $(RUNS)/executed/"
 
 test: $(VENV)/.installed

@@ -14,7 +14,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 def stored() -> dict[str, bytes]:
     """The PNG file of each tagged cell, by its name."""
     found = {}
-    for path in sorted(NOTEBOOKS.glob("0[0-7]_*.ipynb")):
+    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
         for cell in nbformat.read(path, 4).cells:
             for tag in cell.metadata.get("tags", []):
                 if tag.startswith("picture:"):

@@ -18,7 +18,7 @@ from sdgen_lib.config.settings import FIELDS, SHARED
 from tests import pictures, small
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("0[0-7]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
 def papermill(notebook: str, output: Path, cwd: Path, **parameters) -> subprocess.CompletedProcess:
@@ -40,8 +40,8 @@ def shown_as_html(notebook: Path) -> list[str]:
     return [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
 
 
-def test_all_eight_chapters_are_there():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{k:02d}" for k in range(8)]
+def test_all_ten_chapters_are_there():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{k:02d}" for k in range(10)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -342,7 +342,10 @@ def test_importing_the_metrics_brings_no_library_for_metrics():
 
 @pytest.mark.slow
 def test_real_images_are_nearer_to_real_ones_than_blurred_ones_are(tiny):
-    """Two halves of photographs of blood cells, and one of them blurred, in features that nothing was trained for."""
+    """Two halves of photographs of blood cells, and one of them blurred, in the tiny model's latents.
+
+    Blurred images lie in the middle of the real ones there: precision, density and coverage do not notice it.
+    """
     if not BLOOD.exists():
         pytest.skip(f"{BLOOD} is not on this machine")
     from torchvision.transforms.functional import gaussian_blur
@@ -354,5 +357,5 @@ def test_real_images_are_nearer_to_real_ones_than_blurred_ones_are(tiny):
     real, fresh, blurred = (found(x) for x in (half, other, gaussian_blur(other, [7, 7], [2.0, 2.0])))
     alike, unlike, copied = (compare(real, x, found.name) for x in (fresh, blurred, real[:300]))
     assert alike["fd"] < unlike["fd"] / 3
-    assert all(alike[m] > unlike[m] for m in ("recall", "coverage"))
+    assert alike["recall"] > unlike["recall"] + 0.3
     assert copied["authenticity"] == 0 and alike["authenticity"] > 0.3
