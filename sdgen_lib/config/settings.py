@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -680,10 +681,12 @@ def _check_together(settings: Settings) -> None:
         raise ValueError(
             f"guidance_min ({settings.guidance_min:g}) must not exceed guidance_max ({settings.guidance_max:g})."
         )
-    if settings.storage and "://" not in settings.storage:
+    in_memory = re.fullmatch(r"sqlite(\+\w+)?:/{2,3}(:memory:)?(\?.*)?", settings.storage or "")
+    if settings.storage and ("://" not in settings.storage or settings.storage.startswith("://") or in_memory):
         raise ValueError(
-            f"storage {shown(settings.storage)} is no Optuna URL (a journal file is for a search of one process): give "
-            "sqlite:///search.db, postgresql://user@host/name or grpc://host:13000, or leave storage out."
+            f"storage {shown(settings.storage.split('@')[-1])} is no Optuna URL of a database that can be shared (a "
+            "journal file, or a database in memory, is for one process): give sqlite:///search.db, "
+            "postgresql://user@host/name or grpc://host:13000, or leave storage out."
         )
     empty_prompt = "empty_prompt" in (settings.class_encoder_start, settings.unconditional)
     if empty_prompt and (settings.class_encoder_rank or settings.class_encoder_tokens):

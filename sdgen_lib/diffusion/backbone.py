@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..config.messages import shown
+from ..data.parts import reason
 from ..machine.allocator import keep_freed_memory
 from ..machine.compiling import compiled
 from ..machine.devices import as_device, autocast, compute_dtype
@@ -267,12 +270,20 @@ def load(name: str = "tiny", device: str | torch.device | None = None, precision
         keep_freed_memory()
     source = find(name, precision, device)
     weight_files.check_text_to_image(source)
-    schedule = _schedule(name, source)
     transformers.utils.logging.disable_progress_bar()  # of reading a file; downloads keep theirs
     try:
-        parts = _parts(source, dtype)
+        schedule, parts = DDPMScheduler.from_pretrained(source.folder, subfolder="scheduler"), _parts(source, dtype)
     except OSError as error:
         raise OSError(f"Could not read the backbone {name!r} in {source.folder}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # whatever a wrong value leads to
+        raise ValueError(
+            f"The backbone {name!r} in {source.folder} is damaged, or its configurations and weights are not of one "
+            f"model ({reason(error)}): copy the whole folder again."
+        ) from error
+    _check_schedule(name, schedule)
+    scaling = parts["vae"].config.scaling_factor
+    if type(scaling) not in (int, float) or not 0 < scaling < math.inf:
+        raise ValueError(f"{source.folder} has a VAE whose scaling_factor is {shown(scaling)}, not a number above 0.")
     return Backbone(
         name=name,
         source=source,
@@ -286,15 +297,13 @@ def load(name: str = "tiny", device: str | torch.device | None = None, precision
     )
 
 
-def _schedule(name: str, source: weight_files.Source) -> DDPMScheduler:
-    """The noise schedule that the model was trained with; raises ValueError for one that cannot be sampled here."""
-    found = DDPMScheduler.from_pretrained(source.folder, subfolder="scheduler")
+def _check_schedule(name: str, found: DDPMScheduler) -> None:
+    """Raises ValueError for a noise schedule that cannot be sampled here."""
     prediction = found.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"{name!r} predicts {prediction!r}; 'epsilon' and 'v_prediction' work here.")
     if not found.alphas_cumprod.min() > 0:
         raise ValueError(f"{name!r} has a noise schedule that ends without any signal, which DDIM cannot start from.")
-    return found
 
 
 def _parts(source: weight_files.Source, dtype: torch.dtype) -> dict[str, Any]:

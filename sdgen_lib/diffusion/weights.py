@@ -152,7 +152,13 @@ def _whole(folder: Path, half: bool, revision: str | None) -> Source:
 
 def check_text_to_image(source: Source) -> None:
     """Raises ValueError for a UNet that this course cannot steer, with what it is: before gigabytes are read."""
-    config = json.loads((source.folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    path = source.folder / "unet" / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no UTF-8, no JSON
+        raise ValueError(f"{path} is damaged ({error}): copy the whole folder again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged (it is no JSON object): copy the whole folder again.")
     kind, channels = config.get("_class_name"), config.get("in_channels")
     if kind != "UNet2DConditionModel" or not isinstance(config.get("cross_attention_dim"), int) or channels != 4:
         raise ValueError(

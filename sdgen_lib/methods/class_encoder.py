@@ -464,11 +464,12 @@ class ClassEncoderMethod:
         """The finished study of a search step; made first, alone or with every process that shares its storage."""
         ws = self.ws
         if ws.settings.storage and not ws.run.agreed(ws.run.peek(step) is not None):
+            shared = self._shared_study(step)  # first of all: a storage that cannot be opened must not cost a training
             for need in step.needs:
                 ws.run.result(need)
             view, chosen_from = ws.settings.view(*step.topics, "how"), space()
             with ws.run.alone():
-                self._run_trials(self._shared_study(step), view, step, chosen_from, on_trial, shared=True)
+                self._run_trials(shared, view, step, chosen_from, on_trial, shared=True)
         for _ in range(2):
             result = ws.run.result(step)
             study, whole = None, False

@@ -18,6 +18,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from ..config.messages import shown
+from ..config.settings import FIELDS
 from ..data.parts import check_class_names
 from ..data.sources import IMAGE_SIZES
 from ..diffusion import backbone as backbones
@@ -32,6 +33,8 @@ FACTS, CONDITIONER, CLASS_ENCODER = "generator.json", "conditioner.safetensors",
 # training image instead (Diffusion Inversion). Each is written as the oldest one that can hold it.
 FORMAT = 3
 
+MOST_GUIDANCE = FIELDS["default_guidance"].metadata["high"]
+
 # What is read of `FACTS`, and what each value must be.
 READ: dict[str, tuple[Callable[[Any], bool], str]] = {
     "class_names": (
@@ -39,7 +42,7 @@ READ: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of different texts",
     ),
     "num_inference_steps": (lambda v: type(v) is int and 1 <= v <= 1000, "a whole number from 1 to 1000"),
-    "guidance_scale": (lambda v: type(v) in (int, float) and 0 <= v < float("inf"), "a number of at least 0"),
+    "guidance_scale": (lambda v: type(v) in (int, float) and 0 <= v <= MOST_GUIDANCE, f"from 0 to {MOST_GUIDANCE:g}"),
     "sampler": (lambda v: isinstance(v, str) and v in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
     "antialias": (lambda v: isinstance(v, bool), "true or false"),
     "image_size": (lambda v: type(v) is int and v in IMAGE_SIZES, "a whole number from 8 to 1024"),
@@ -51,7 +54,7 @@ READ_OF_FORMAT_1: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 VECTOR_TENSORS = ("vectors", "labels", "groups", "unconditional_contexts", "unconditional_of_vector")
 READ_OF_FORMAT_3: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "noise": (lambda v: type(v) in (int, float) and 0 <= v < float("inf"), "a number of at least 0"),
+    "noise": (lambda v: type(v) in (int, float) and 0 <= v <= 1e6, "a number from 0 to 1e6"),
     "interpolation": (lambda v: type(v) in (int, float) and 0 <= v <= 1, "a number from 0 to 1"),
     "partners": (lambda v: v in ("class", "released"), "class or released"),
 }
@@ -206,6 +209,8 @@ def _table_of_contexts(
     tokens = contexts.shape[1] if contexts.ndim == 3 and contexts.shape[1] else 1
     if contexts.shape != (len(facts["class_names"]), tokens, backbone.width) or empty.shape != (tokens, backbone.width):
         raise _damaged(path, "its contexts are not of these classes and this model")
+    if not (torch.isfinite(contexts).all() and torch.isfinite(empty).all()):
+        raise _damaged(path, "its contexts are not all finite numbers")
     return ContextTable(contexts.to(backbone.device), empty.to(backbone.device))
 
 

@@ -18,7 +18,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..config.messages import shown
@@ -31,6 +31,8 @@ STATE = ".state.safetensors"  # what a killed `make` goes on from; it goes once 
 SAME = " #"  # between a name and its number, where a step needs several results of one name
 DIGITS = 12  # of a fingerprint, in a folder's name
 VERSIONS = ("torch", "diffusers", "transformers", "optuna", "numpy")
+# What a record is made of, as far as anybody reads it.
+KINDS = dict(name=str, fingerprint=str, settings=dict, needs=dict, run=dict, facts=dict, finished=str, files=dict)
 GROWING = (".log", ".lock")  # what other tools may append to has no checksum
 Work = Mapping[str, float]  # images by kind of pass, see `work.cost`
 
@@ -329,9 +331,19 @@ def read_result(folder: Path) -> Result | None:
     record = files.load_json(folder / RECORD)
     if not isinstance(record, dict) or record.get("sum") != digest({k: v for k, v in record.items() if k != "sum"}):
         return None
-    if not isinstance(record.get("files"), dict) or not all((folder / name).is_file() for name in record["files"]):
+    if not all(isinstance(record.get(name), kind) for name, kind in KINDS.items()):
         return None
-    return Result(folder, record)
+    return Result(folder, record) if all(_is_there(folder, name) for name in record["files"]) else None
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    """Whether ``folder`` holds the file; never looks outside of it, whatever a record from someone else names."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        return False
+    try:
+        return (folder / name).is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL in it
+        return False
 
 
 def results(run_folder: Path, name: str = "**") -> list[Result]:

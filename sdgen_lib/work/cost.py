@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -25,7 +26,12 @@ _measured: dict[tuple, float] = {}  # a machine is as fast for the next run as f
 
 def seconds(backbone: Backbone, work: Work) -> float:
     """The seconds that ``work`` takes here: of each kind of pass a few are timed, once in a process."""
-    return sum(images * _unit(backbone, kind) for kind, images in work.items() if images)
+    return sum(images * _unit(backbone, _no_larger(kind, images)) for kind, images in work.items() if images)
+
+
+def _no_larger(kind: Pass, images: float) -> Pass:
+    """A pass of no more images than there are: an estimate must not take longer than the work."""
+    return kind._replace(batch=max(1, min(kind.batch, math.ceil(images))))
 
 
 def readable(seconds: float) -> str:

@@ -467,3 +467,13 @@ def test_settings_need_nothing_large():
     code = f"import sys, {', '.join(rooms)}; print(sorted({{'torch', 'pandas', 'optuna'}} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "storage", ["search.log", "://", "://me:secret@host/x", "sqlite://", "sqlite:///", "sqlite:///:memory:"]
+)
+def test_a_storage_that_cannot_be_shared_is_refused_and_no_password_is_shown(storage):
+    with pytest.raises(ValueError, match="is no Optuna URL of a database that can be shared") as error:
+        resolve("demo", "tiny", storage=storage)
+    assert "secret" not in str(error.value)
+    assert resolve("demo", "tiny", storage="sqlite:///search.db").storage == "sqlite:///search.db"

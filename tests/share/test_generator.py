@@ -229,7 +229,7 @@ def test_damaged_folders_of_format_1(tiny, tmp_path):
         ('{"format": "2"}', "\"format\" is '2'"),
         ('{"format": true}', '"format" is True'),
         ('{"format": 0}', '"format" is 0'),
-        ('{"format": 99}', "of format 99; this version reads up to 2"),
+        ('{"format": 99}', "of format 99; this version reads up to 3"),
         ('{"format": 2}', '"class_names" is None, not a list of different texts'),
         ('{"format": 1, "class_names": []}', r'"class_names" is \[\]'),
     ],
@@ -247,9 +247,9 @@ def test_a_foreign_generator_json(copied, text, words):
         ("class_names", ["ant", "ant", "cat"], "not a list of different texts"),
         ("num_inference_steps", 0, "from 1 to 1000"),
         ("num_inference_steps", True, "from 1 to 1000"),
-        ("guidance_scale", -1, "at least 0"),
-        ("guidance_scale", float("nan"), "at least 0"),
-        ("guidance_scale", None, "at least 0"),
+        ("guidance_scale", -1, "not from 0 to 1000"),
+        ("guidance_scale", float("nan"), "not from 0 to 1000"),
+        ("guidance_scale", None, "not from 0 to 1000"),
         ("sampler", "euler", "one of ddim, dpm-solver"),
         ("sampler", ["ddim"], "one of ddim"),
         ("antialias", 1, "true or false"),
@@ -307,3 +307,50 @@ def test_a_folder_that_is_no_generator(tmp_path):
 def test_wrong_labels(saved, labels, words):
     with pytest.raises(ValueError, match=words):
         generator.load(saved, "cpu", "fp32")(labels)
+
+
+# --- damaged in ways that a reader would not notice at once ---
+
+
+@pytest.mark.parametrize("name", ["contexts", "empty"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_contexts_that_are_no_numbers_are_not_drawn_with(saved, tmp_path, name, value):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    tensors = safetensors.torch.load_file(folder / "conditioner.safetensors")
+    tensors[name].view(-1)[3] = value
+    safetensors.torch.save_file(tensors, folder / "conditioner.safetensors")
+    with pytest.raises(ValueError, match="not all finite numbers"):
+        generator.load(folder, "cpu")
+
+
+@pytest.mark.parametrize("value", [1e308, 10**400, 1001, -1])
+def test_a_guidance_that_no_setting_may_have_is_damage(saved, tmp_path, value):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    facts = json.loads((folder / "generator.json").read_text())
+    (folder / "generator.json").write_text(json.dumps(facts | {"guidance_scale": value}))
+    with pytest.raises(ValueError, match='"guidance_scale" is .*, not from 0 to 1000') as error:
+        generator.load(folder, "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("unet/config.json", "{"),
+        ("unet/config.json", "[]"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}),
+        ("vae/config.json", {"scaling_factor": "x"}),
+        ("vae/config.json", {"scaling_factor": 0}),
+        ("unet/config.json", {"block_out_channels": [32, 32]}),
+        ("unet/config.json", {"cross_attention_dim": 40}),
+        ("text_encoder/config.json", {"vocab_size": 7}),
+    ],
+)
+def test_a_wrong_configuration_is_named(saved, tmp_path, path, content):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / path).read_text()) | content)
+    (folder / path).write_text(content)
+    with pytest.raises((ValueError, OSError)) as error:
+        generator.load(folder, "cpu", "fp32")
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)

@@ -426,3 +426,18 @@ def test_what_is_made_again_does_not_count_as_finished_meanwhile(run, capsys):
     (r.result(step).folder / "value.txt").unlink()
     r.result(step)
     assert seen == [False, False]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "../../../../etc/passwd", "/etc/passwd", "a\0b"])
+def test_nothing_outside_of_its_folder_is_looked_for_on_a_records_word(tmp_path, monkeypatch, name):
+    record = {kind: {} if of is dict else "x" for kind, of in runs.KINDS.items()} | {"files": {name: "0" * 64}}
+    files.save_json(tmp_path / "record.json", record | {"sum": runs.digest(record)})
+    assert runs.read_result(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["facts", "needs", "files", "name", "finished"])
+def test_a_record_of_another_shape_is_no_result(tmp_path, name):
+    record = {kind: {} if of is dict else "x" for kind, of in runs.KINDS.items()}
+    for changed, found in ((record, True), (record | {name: None}, False), (record | {name: 7}, False)):
+        files.save_json(tmp_path / "record.json", changed | {"sum": runs.digest(changed)})
+        assert (runs.read_result(tmp_path) is not None) == found

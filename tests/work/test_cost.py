@@ -65,16 +65,20 @@ def test_passes_of_the_vae(finished):
     assert counted(finished.course.workspace.latents_step.work())["encode"] == 100 + 202
     assert finished.work["1_transfer"]["encode"] == 100 + 202
     for name in STEPS:
-        decoded = (4 + 1) * 40 if name in ("2_tune", "4_retune") else 0
-        assert of_step(finished, name)["decode"] == finished.work[name]["decode"] == decoded
+        decoded = {"2_tune": (4 + 1) * 40, "4_retune": (4 + 1 + 1) * 40}.get(name, 0)
+        assert of_step(finished, name)["decode"] == decoded
+        # The known point of step 4 is drawn again beside the best one, if it is not that itself.
+        assert finished.work[name]["decode"] in (decoded, decoded - 40 * (name == "4_retune"))
 
 
 @pytest.mark.parametrize("name", ["2_tune", "4_retune"])
 def test_passes_of_a_search(finished, name):
     """IS is 5 or 6 in this run: its mean is near whatever was drawn. Guidance doubles a pass."""
-    assert of_step(finished, name)["unet"] == pytest.approx(finished.work[name]["pass"], rel=0.1)
+    scored = 1 + (name == "4_retune")  # again: the best one, and in step 4 at most the known point too
+    real = finished.work[name]["pass"]
+    assert real * 0.9 <= of_step(finished, name)["unet"] <= real * 1.1 * (4 + scored) / (4 + 1)
     assert finished.work[name]["trained"] == 0
-    most = (4 + 2) * 40 * 3  # every epoch of every trial, of which pruning spares some, and of two that score again
+    most = (4 + 2 * scored) * 40 * 3  # every epoch of every trial, of which pruning spares some, and two to score again
     assert finished.work[name]["classifier"] <= most
     assert most / 3 <= of_step(finished, name)["classifier"] <= most
 
@@ -147,3 +151,11 @@ def test_a_larger_recipe_costs_more(micro, tmp_path, monkeypatch):
     # The paper's first search: 50 trials of 4000 images, 27.5 steps on average, two passes each.
     sampling = 50 * 4000 * 27.5 * 2 * 1e-3
     assert sampling < found["paper"]["2_tune"] < 1.2 * sampling + 50 * 4000 * 100 * 1e-4
+
+
+def test_an_estimate_passes_no_more_images_than_the_work(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cost, "_measured", {})
+    monkeypatch.setitem(cost.MEASURES, "unet", lambda backbone, kind: seen.append(kind.batch) or 1.0)
+    assert cost.seconds(tiny, {Pass("unet", 128): 20}) == 20 and seen == [20]
+    assert cost.seconds(tiny, {Pass("unet", 128): 1000}) == 1000 and seen == [20, 128]
