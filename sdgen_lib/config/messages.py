@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import traceback
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+JOINERS = "\u200c\u200d"  # nothing to see, and needed: in Persian words, in pictures of families
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -18,6 +20,19 @@ def shown(value: object, length: int = 120) -> str:
         text = f"a very large {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= length else text[:length] + "..."
+
+
+def is_seen(character: str) -> bool:
+    """Whether a character may stand in a line of text: letters and signs, the spaces of every script, joiners.
+
+    Not a line break, an escape code, or a mark that turns the writing around.
+    """
+    return character.isprintable() or character in JOINERS or unicodedata.category(character) == "Zs"
+
+
+def printable(text: object) -> str:
+    """``text`` on one line: what is not seen there becomes "\N{REPLACEMENT CHARACTER}"."""
+    return "".join(c if is_seen(c) else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def unknown_name(what: str, name: object, allowed: Iterable[str]) -> ValueError:

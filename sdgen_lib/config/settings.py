@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .messages import shown, unknown_name
+from .messages import printable, shown, unknown_name
 from .recipes import RECIPES
 
 SHARED = ("dataset", "backbone", "recipe", "seed", "runs_dir")  # the parameters every notebook declares
@@ -607,7 +607,7 @@ def _checked(name: str, value: Any) -> Any:
         return value
     if kind == "str":
         text = str(value) if isinstance(value, (str, Path)) else ""
-        if not text.strip() or len(text) > 1000 or not text.isprintable():
+        if not text.strip() or len(text) > 1000 or printable(text) != text:
             hint = ""
             if isinstance(value, int | float) and not isinstance(value, bool):
                 hint = f" papermill's -p makes numbers of such names: give -r {name} {shown(value)}."

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import psutil
 
-from ..config.messages import shown
+from ..config.messages import printable, shown
 
 PARTS = ("train", "val", "test")
 MAX_CLASS_NAME = 200
@@ -51,7 +51,7 @@ def composed(text: str) -> str:
 def check_class_names(class_names: tuple[str, ...], where: object) -> None:
     """They are printed and drawn, never used as a path: any printable text will do, "T-shirt/top" too."""
     for name in class_names:
-        if not name.strip() or not name.isprintable() or len(name) > MAX_CLASS_NAME:
+        if not name.strip() or printable(name) != name or len(name) > MAX_CLASS_NAME:
             raise ValueError(
                 f"{where} has a class called {shown(name)}; a class name must be printable text of 1 to "
                 f"{MAX_CLASS_NAME} characters."

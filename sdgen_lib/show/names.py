@@ -6,7 +6,10 @@ import matplotlib
 import pandas as pd
 from matplotlib import font_manager
 
-JOINERS = "\u200c\u200d"  # nothing to see, and needed: in Persian words, in pictures of families
+from ..config.messages import printable
+
+__all__ = ["as_text", "printable"]
+
 # Asked in this order for what matplotlib's own font has not; those of emoji in colours it cannot draw.
 FONTS = (
     *(f"Noto Sans CJK {part}" for part in ("JP", "SC", "TC", "HK", "KR")),
@@ -16,11 +19,6 @@ FONTS = (
     *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "IPAexGothic", "IPAGothic", "TakaoGothic", "NanumGothic", "UnBatang"),
     *("Noto Emoji", "Symbola", "Segoe UI Symbol"),
 )
-
-
-def printable(text: object) -> str:
-    """``text`` on one line: what cannot be seen (a line break, a mark that turns the writing around) becomes "�"."""
-    return "".join(c if c.isprintable() or c in JOINERS else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def as_text() -> None:

@@ -23,6 +23,7 @@ from sklearn.datasets import load_digits
 
 from sdgen_lib import data
 from sdgen_lib.data import named, sources
+from sdgen_lib.data.parts import check_class_names
 
 CIFAR_SUBSET = Path(__file__).parents[3] / "shared/data/cifar10-subset.npz"
 
@@ -742,3 +743,14 @@ def test_resize_leaves_the_right_size_alone_and_checks_its_input():
 def test_resize_does_not_depend_on_the_batch():
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (600, 3, 8, 8), dtype=np.uint8))
     assert torch.equal(data.resize(images, 11)[300:301], data.resize(images[300:301], 11))
+
+
+@pytest.mark.parametrize("name", ["犬\u3000柴", "می\u200cخواهم", "👨\u200d👩\u200d👧", "a\u00a0b"])
+def test_names_of_every_script_are_class_names(name):
+    check_class_names((name, "cat"), "somewhere")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "a\u202eb", "\u3000", "", "a\ud800"])
+def test_what_no_line_shows_is_no_class_name(name):
+    with pytest.raises(ValueError, match="must be printable text"):
+        check_class_names((name, "cat"), "somewhere")
