@@ -12,6 +12,7 @@ import optuna
 import pandas as pd
 import torch
 
+from .config.messages import printable
 from .config.settings import Settings, followed
 from .data import ImageData, Split
 from .diffusion.backbone import Backbone
@@ -48,7 +49,7 @@ class Course:
         lines = [
             f"dataset   {s.dataset}: {d.num_classes} classes, {len(d.train)} training, {len(d.val)} validation and "
             f"{len(d.test)} test images of {d.image_size}x{d.image_size} pixels",
-            *(f"note      {note}" for note in d.notes),
+            *(f"note      {printable(note)}" for note in d.notes),
             f"backbone  {s.backbone}, on {default_device()}",
             f"recipe    {s.recipe}" + (f", with {changed}" if changed else ""),
             f"follows   {followed(s)}",

@@ -15,15 +15,21 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..config.messages import shown
+from ..config.messages import printable, shown
 from . import kept, pictures
 from .parts import PARTS, Found, check_class_names, check_memory, composed, make_slug, reason
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "validate", "eval", "dev"),
+    "test": ("test", "testing"),
+}
 SPLITS_TEXT = "splits are called train/, test/ and maybe val/ (or training/, testing/, valid/, validation/, dev/)"
 # What Macs, Windows and network disks leave everywhere, beside the hidden files; in lower case.
 LEFTOVERS = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found"}
-LEFTOVERS |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+LEFTOVERS |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r"}
+# And what they leave beside each file: Windows copied from by its Linux ("cat.png:Zone.Identifier"), Synology's disks.
+LEFT_BESIDE = ("zone.identifier", "@synoeastream", "@synoresource")
 # Only to tell a folder of pictures from one of tables or notes; what a file is, its content says.
 PICTURE_SUFFIXES = {*".png .jpg .jpeg .jpe .jfif .mpo .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .heic .avif".split()}
 BAR_AFTER = 3  # seconds
@@ -49,11 +55,11 @@ def read_folder(path: Path, size: int, keep_in: Path | None = None) -> Found:
             if name not in class_names:
                 first_name = folders[first].name
                 raise ValueError(
-                    f"{class_folder} is a class that {first_name}/ does not have; add it there or remove it."
+                    f"{printable(class_folder)} is a class that {first_name}/ does not have; add it there or remove it."
                 )
             found = list(_files(class_folder))
             if not found:
-                raise ValueError(f"{class_folder} is an empty class folder; put images in it or remove it.")
+                raise ValueError(f"{printable(class_folder)} is an empty class folder; put images in it or remove it.")
             if inner := {
                 file.relative_to(class_folder).parts[0]: None for file in found if file.parent != class_folder
             }:
@@ -75,10 +81,15 @@ def read_folder(path: Path, size: int, keep_in: Path | None = None) -> Found:
 def _visible(folder: Path) -> list[Path]:
     """What is in a folder, by name, without what is hidden and without what systems and programs leave there."""
     try:
-        found = [p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in LEFTOVERS]
+        found = [p for p in folder.iterdir() if not _is_left(p.name)]
     except OSError as error:
         raise ValueError(f"{folder} cannot be read ({error.strerror}); allow reading it, or leave it out.") from error
     return sorted(found, key=lambda p: composed(p.name))
+
+
+def _is_left(name: str) -> bool:
+    """Whether it is hidden, or what a system or a program leaves."""
+    return name.startswith(".") or name.lower() in LEFTOVERS or name.lower().endswith(LEFT_BESIDE)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -86,7 +97,7 @@ def _folders(folder: Path) -> list[Path]:
     found = [path for path in _visible(folder) if os.path.isdir(path)]
     for path in found:
         if path.is_symlink():
-            raise ValueError(f"{path} is a link to a folder; put the folder itself there, or remove it.")
+            raise ValueError(f"{printable(path)} is a link to a folder; put the folder itself there, or remove it.")
     return found
 
 
@@ -114,8 +125,11 @@ def _class_folders(folder: Path, is_split: bool) -> list[Path]:
     while len(below := _folders(inner)) == 1 and not _pictures(inner):
         inner = below[0]
     if inner != folder and len(below) > 1:
-        do = f"move them up into {folder}" if is_split else "give that"
-        raise ValueError(f"{folder} holds one folder, {found[0].name}/; the classes seem to lie in {inner}: {do}.")
+        do = f"move them up into {printable(folder)}" if is_split else "give that"
+        raise ValueError(
+            f"{printable(folder)} holds one folder, {_listed(found)}; the classes seem to lie in {printable(inner)}: "
+            f"{do}."
+        )
     return found
 
 
@@ -143,6 +157,11 @@ def _splits(path: Path) -> tuple[dict[str, Path], list[str]]:
         if len({_part_alike(f.name) for f in alike}) > 1:
             raise ValueError(f"{path}: {_listed(alike)} look like splits; {SPLITS_TEXT}: rename them.")
         several = len({_part_alike(f.name) for f in flat}) > 1
+        if several and flat == folders:  # no folder with a class's name among them
+            raise ValueError(
+                f"{printable(path)}: {_listed(flat)} hold images and no class folders; a split holds a sub-folder of "
+                "images per class (labels in a table are not read): sort the images into such folders."
+            )
         note = f"{_listed(flat)} of {path}: taken for classes, since they hold images; a split holds a folder per class"
         return {}, [note] if several else []
     if flat:
@@ -181,7 +200,9 @@ def _notes(folder: Path, deep: dict[str, list[str]]) -> list[str]:
     """What may surprise in how `folder` was read; `deep` has the names of the folders in its class folders."""
     notes = []
     if loose := _pictures(folder):
-        notes.append(f"{len(loose)} image(s) of {folder} beside the class folders, as {loose[0].name}: not used")
+        notes.append(
+            f"{len(loose)} image(s) of {folder} beside the class folders, as {printable(loose[0].name)}: not used"
+        )
     if deep:
         name, inner = next(iter(deep.items()))
         notes.append(

@@ -18,7 +18,7 @@ from . import named, splits
 from .folders import read_folder
 from .images import ImageData, Split, resize
 from .npz import read_npz
-from .parts import Found, Parts
+from .parts import Found, Parts, check_memory
 
 DIGITS_SIZE, FOLDER_SIZE = 16, 32  # pixels
 IMAGE_SIZES = range(8, 1025)
@@ -70,6 +70,7 @@ def load(
     if count is not None:
         data = splits.keep(data, count, seed, name)
     size = image_size or default_size
+    _check_size(data, size, name)
     slug = data.slug if size == default_size else f"{data.slug}-{size}px"
     train, val, test = (Split(resize(s.images, size), s.labels) for s in (data.train, data.val, data.test))
     return replace(data, slug=slug, train=train, val=val, test=test)
@@ -166,6 +167,15 @@ def _find(name: str, base_dir: Path | None) -> Path:
     raise ValueError(f"{unknown_name('dataset', name, named.names())}{also}")
 
 
+def _check_size(data: ImageData, size: int, name: str) -> None:
+    """Raises ValueError where the resized images would not fit into the memory."""
+    count = sum(len(split) for split in (data.train, data.val, data.test) if split.images.shape[-1] != size)
+    try:
+        check_memory(count * 3 * size * size)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {count} images of {size}x{size} pixels are too many: {error}.") from error
+
+
 def _check_classes(data: ImageData, name: str) -> None:
     if data.num_classes < 2:
         raise ValueError(f"{name!r} has one class, {data.class_names[0]!r}; at least 2 classes are needed.")
@@ -173,7 +183,10 @@ def _check_classes(data: ImageData, name: str) -> None:
         counts = torch.bincount(split.labels, minlength=data.num_classes)
         missing = [data.class_names[i] for i in torch.nonzero(counts == 0).flatten().tolist()]
         if missing:
+            why = "a class needs 3 images or more where the splits are made here"
+            if where == "training" and set(missing) <= {data.class_names[i] for i in data.val.labels.tolist()}:
+                why = "its only one is among the validation images: put 2 or more into train/, or give val/"
             raise ValueError(
                 f"{name!r} has no {where} image of class {', '.join(map(repr, missing[:5]))}; every class "
-                "needs one there (a class needs 3 images or more where the splits are made here)."
+                f"needs one there ({why})."
             )

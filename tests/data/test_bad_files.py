@@ -312,8 +312,8 @@ BAD_IMAGES = {
     "only a header": (png_header(9, 9), "is not an image"),
     "a bomb": (png_header(60_000, 60_000) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""), "pixels"),
     "a smaller bomb": (
-        png_header(9000, 9000) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""),
-        "9000 x 9000 pixels; 1 to 64,000,000",
+        png_header(12000, 12000) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""),
+        "12000 x 12000 pixels; 1 to 120,000,000",
     ),
     "no width": (png_header(0, 9) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""), "is not an image"),
     "no height": (b"P6 9 0 255\n", "is not an image"),

@@ -1,10 +1,12 @@
 """Folders as people have them: which are splits, which are classes, what is passed over, and what is said of it."""
 
 import os
+import shutil
 import unicodedata
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torchvision
 from PIL import Image
@@ -114,8 +116,62 @@ def test_a_class_called_as_a_split(tmp_path, name):
 
 
 def test_classes_called_as_the_splits_are_told_of(tmp_path):
-    pictures_of(tmp_path, "train", "test")
-    assert noted(tmp_path, "test/, train/ of .*taken for classes").class_names == ("test", "train")
+    pictures_of(tmp_path, "train", "test", "bus")
+    assert noted(tmp_path, "test/, train/ of .*taken for classes").class_names == ("bus", "test", "train")
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("train", "valid", "test")])
+def test_splits_of_images_alone_hold_no_classes(tmp_path, names):
+    """As multi-label exports have them, with the labels in a table."""
+    pictures_of(tmp_path, *names)
+    assert "hold images and no class folders; a split holds a sub-folder of images per class" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["validate", "eval", "Validation"])
+def test_other_names_of_the_validation_images(tmp_path, name):
+    pictures_of(tmp_path, *(f"{part}/{label}" for part in ("train", name, "test") for label in ("cat", "dog")))
+    assert counts(quietly(tmp_path))[1][1] > 0 and not data.load(tmp_path).notes
+
+
+@pytest.mark.parametrize("left", ["0.png:Zone.Identifier", "0.png@SynoEAStream", "Picasa.ini", "a.png@SynoResource"])
+def test_what_programs_leave_beside_a_picture_is_passed_over(tmp_path, left):
+    pictures_of(tmp_path, "cat", "dog")
+    before = counts(quietly(tmp_path))
+    (tmp_path / "cat" / left).write_text("[ZoneTransfer]")
+    assert counts(quietly(tmp_path)) == before
+
+
+def test_names_of_files_reach_no_terminal_as_they_are(tmp_path):
+    pictures_of(tmp_path, "cat", "dog")
+    shutil.copy(next((tmp_path / "cat").iterdir()), tmp_path / "evil\x1b[2J\u202e.png")
+    (note,) = noted(tmp_path, "beside the class folders").notes
+    assert "evil\N{REPLACEMENT CHARACTER}[2J" in note and note.isprintable()
+    (tmp_path / "a\x1bb").symlink_to(tmp_path / "cat")
+    assert refusal(tmp_path).isprintable()
+
+
+def test_one_image_a_class_in_train(tmp_path):
+    for part in ("train", "test"):
+        pictures_of(tmp_path, f"{part}/cat", f"{part}/dog")
+        for folder in (tmp_path / part).iterdir():
+            for extra in sorted(folder.iterdir())[1:]:
+                extra.unlink()
+    assert "put 2 or more into train/, or give val/" in refusal(tmp_path)
+
+
+def test_enlarging_is_refused_before_the_memory_is_full(tmp_path, monkeypatch):
+    pictures_of(tmp_path, "cat", "dog")
+    images = np.zeros((30, 8, 8), np.uint8)
+    np.savez(
+        tmp_path / "a.npz",
+        train_images=images,
+        train_labels=np.arange(30) % 2,
+        test_images=images[:6],
+        test_labels=np.arange(6) % 2,
+    )
+    monkeypatch.setattr(parts, "memory_limit", lambda: 10 * 2**20)
+    with pytest.raises(ValueError, match=r"36 images of 1024x1024 pixels are too many: unpacked they take 108 MB"):
+        data.load(tmp_path / "a.npz", image_size=1024)
 
 
 def test_splits_within_the_classes(tmp_path):
