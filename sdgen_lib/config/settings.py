@@ -721,6 +721,9 @@ def protocol(settings: Settings, method: str = "class_encoder") -> list[dict[str
     ]
 
 
+LISTED = {"class_encoder": "00", "inversion": "08"}  # the chapters that show `protocol`
+
+
 def method_of(name: str) -> str:
     """The method whose paper a setting comes from; what no other method alone reads is the first one's."""
     return "inversion" if name.startswith("inversion_") else "class_encoder"
@@ -732,4 +735,4 @@ def followed(settings: Settings, method: str = "class_encoder") -> str:
     rows = protocol(settings, method)
     same = sum(row["this run"] == row[like] for row in rows)
     text = f"the {like} in {same} of {len(rows)} settings"
-    return text if same == len(rows) else f"{text} (chapter 00 lists where it departs)"
+    return text if same == len(rows) else f"{text} (chapter {LISTED[method]} lists where it departs)"
