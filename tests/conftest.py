@@ -86,6 +86,9 @@ MICRO = dict(
     rescoring_classifiers=2,
     guidance_min=0.0,
     guidance_max=7.5,
+    inversion_images=20,
+    inversion_visits=3,
+    inversion_steps=5,
 )
 
 

@@ -9,30 +9,37 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..config.messages import printable, shown
+from ..config.messages import printable
 from . import kept, pictures
+from .images import BAR_AFTER
 from .parts import PARTS, Found, check_class_names, check_memory, composed, make_slug, reason
 
 SPLITS = {
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "validate", "eval", "dev"),
+    "val": ("val", "valid", "validation", "validate", "eval", "evaluation", "dev"),
     "test": ("test", "testing"),
 }
-SPLITS_TEXT = "splits are called train/, test/ and maybe val/ (or training/, testing/, valid/, validation/, dev/)"
+SPLITS_TEXT = (
+    "splits are called train/, test/ and maybe val/ (or training/, testing/, valid/, validation/, validate/, eval/, "
+    "evaluation/, dev/)"
+)
 # What Macs, Windows and network disks leave everywhere, beside the hidden files; in lower case.
 LEFTOVERS = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found"}
-LEFTOVERS |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r"}
-# And what they leave beside each file: Windows copied from by its Linux ("cat.png:Zone.Identifier"), Synology's disks.
-LEFT_BESIDE = ("zone.identifier", "@synoeastream", "@synoresource")
+LEFTOVERS |= {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "icon\r"}
+# And the files that they leave beside each file: Windows' streams ("cat.png:Zone.Identifier"), which its Linux and
+# network disks make files of; Synology's disks; the edits of a picture by iPhones, Lightroom, darktable, RawTherapee.
+LEFT_BESIDE = ("zone.identifier", "zone.identifier:$data", ":encryptable", ":afp_afpinfo", ":afp_resource")
+LEFT_BESIDE += (":com.dropbox.attrs", ":com.dropbox.attributes", "@synoeastream", "@synoresource")
+LEFT_BESIDE += (".aae", ".xmp", ".pp3")
 # Only to tell a folder of pictures from one of tables or notes; what a file is, its content says.
 PICTURE_SUFFIXES = {*".png .jpg .jpeg .jpe .jfif .mpo .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .heic .avif".split()}
-BAR_AFTER = 3  # seconds
 
 
 def read_folder(path: Path, size: int, keep_in: Path | None = None) -> Found:
@@ -81,15 +88,18 @@ def read_folder(path: Path, size: int, keep_in: Path | None = None) -> Found:
 def _visible(folder: Path) -> list[Path]:
     """What is in a folder, by name, without what is hidden and without what systems and programs leave there."""
     try:
-        found = [p for p in folder.iterdir() if not _is_left(p.name)]
+        found = [p for p in folder.iterdir() if not _is_left(p)]
     except OSError as error:
-        raise ValueError(f"{folder} cannot be read ({error.strerror}); allow reading it, or leave it out.") from error
+        raise ValueError(
+            f"{printable(folder)} cannot be read ({error.strerror}); allow reading it, or leave it out."
+        ) from error
     return sorted(found, key=lambda p: composed(p.name))
 
 
-def _is_left(name: str) -> bool:
+def _is_left(path: Path) -> bool:
     """Whether it is hidden, or what a system or a program leaves."""
-    return name.startswith(".") or name.lower() in LEFTOVERS or name.lower().endswith(LEFT_BESIDE)
+    name = path.name.lower()
+    return name.startswith(".") or name in LEFTOVERS or (name.endswith(LEFT_BESIDE) and not os.path.isdir(path))
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -115,12 +125,17 @@ def _pictures(folder: Path) -> list[Path]:
     return [p for p in _visible(folder) if p.suffix.lower() in PICTURE_SUFFIXES and not os.path.isdir(p)]
 
 
+def _holds_pictures(folder: Path) -> bool:
+    """Whether something that looks like a picture is in a folder, or in the folders in it."""
+    return bool(_pictures(folder)) or any(map(_holds_pictures, _folders(folder)))
+
+
 def _class_folders(folder: Path, is_split: bool) -> list[Path]:
     """The folders in `folder`; raises ValueError where there are none, or where the classes seem to lie deeper."""
     found = _folders(folder)
     if not found:
         what = "has no images" if is_split and not list(_files(folder)) else "has no sub-folders"
-        raise ValueError(f"{folder} {what}; it must hold one sub-folder of images per class.")
+        raise ValueError(f"{printable(folder)} {what}; it must hold one sub-folder of images per class.")
     inner = folder
     while len(below := _folders(inner)) == 1 and not _pictures(inner):
         inner = below[0]
@@ -155,44 +170,52 @@ def _splits(path: Path) -> tuple[dict[str, Path], list[str]]:
     alike = [f for f in folders if not _part(f.name) and _part_alike(f.name) and f not in flat and _folders(f)]
     if not splits:
         if len({_part_alike(f.name) for f in alike}) > 1:
-            raise ValueError(f"{path}: {_listed(alike)} look like splits; {SPLITS_TEXT}: rename them.")
+            raise ValueError(f"{printable(path)}: {_listed(alike)} look like splits; {SPLITS_TEXT}: rename them.")
         several = len({_part_alike(f.name) for f in flat}) > 1
-        if several and flat == folders:  # no folder with a class's name among them
+        if (several or len(flat) == 1) and flat == [f for f in folders if _holds_pictures(f)]:  # and no class
+            holds = "hold" if several else "holds"
             raise ValueError(
-                f"{printable(path)}: {_listed(flat)} hold images and no class folders; a split holds a sub-folder of "
-                "images per class (labels in a table are not read): sort the images into such folders."
+                f"{printable(path)}: {_listed(flat)} {holds} images and no class folders; a split holds a sub-folder "
+                "of images per class (labels in a table are not read): sort the images into such folders."
             )
-        note = f"{_listed(flat)} of {path}: taken for classes, since they hold images; a split holds a folder per class"
+        note = (
+            f"{_listed(flat)} of {printable(path)}: taken for classes, since they hold images; a split holds a folder "
+            "per class"
+        )
         return {}, [note] if several else []
     if flat:
         raise ValueError(
-            f"{flat[0]} holds images and no class folders; beside {_listed(splits)} it must hold one sub-folder per "
-            "class, or be moved away."
+            f"{printable(flat[0])} holds images and no class folders; beside {_listed(splits)} it must hold one "
+            "sub-folder per class, or be moved away."
         )
     if alike:
         raise ValueError(
-            f"{path} holds {_listed(alike)} beside {_listed(splits)}; {SPLITS_TEXT}: rename it, or move it away."
+            f"{printable(path)} holds {_listed(alike)} beside {_listed(splits)}; {SPLITS_TEXT}: rename it, or "
+            "move it away."
         )
     found: dict[str, Path] = {}
     for folder in splits:
         if (other := found.setdefault(_part(folder.name), folder)) != folder:
-            raise ValueError(f"{path} holds {other.name}/ and {folder.name}/, the same split twice; keep one of them.")
+            raise ValueError(
+                f"{printable(path)} holds {other.name}/ and {folder.name}/, the same split twice; keep one of them."
+            )
     others = [f for f in folders if f not in splits]
     if not {"train", "test"} <= set(found):
-        beside = f", beside {_listed(others)}" if others else ""
+        beside, one = f", beside {_listed(others)}" if others else "", found.get("train", splits[0])
         raise ValueError(
-            f"{path} holds {_listed(splits)} only{beside}; ready-made splits need both train/ and test/. Add what is "
-            f"missing, or give one folder of classes, as {found.get('train', splits[0])}, to have the splits made."
+            f"{printable(path)} holds {_listed(splits)} only{beside}; ready-made splits need both train/ and test/. "
+            f"Add what is missing, or give one folder of classes, as {printable(one)}, to have the splits made."
         )
-    notes = [f"{_listed(others)} of {path} beside {_listed(splits)}: not used"] if others else []
+    notes = [f"{_listed(others)} of {printable(path)} beside {_listed(splits)}: not used"] if others else []
     return {part: found[part] for part in PARTS if part in found}, notes
 
 
 def _refuse_splits_in_a_class(folder: Path, inner: Iterable[str]) -> None:
     if {"train", "test"} <= {_part(name) for name in inner}:
         raise ValueError(
-            f"{folder} is a class folder with splits in it; splits must hold the classes, as in train/{folder.name} "
-            f"and test/{folder.name}. If it is a dataset of its own, give {folder}."
+            f"{printable(folder)} is a class folder with splits in it; splits must hold the classes, as in "
+            f"train/{printable(folder.name)} and test/{printable(folder.name)}. If it is a dataset of its own, give "
+            f"{printable(folder)}."
         )
 
 
@@ -201,20 +224,25 @@ def _notes(folder: Path, deep: dict[str, list[str]]) -> list[str]:
     notes = []
     if loose := _pictures(folder):
         notes.append(
-            f"{len(loose)} image(s) of {folder} beside the class folders, as {printable(loose[0].name)}: not used"
+            f"{len(loose)} image(s) of {printable(folder)} beside the class folders, as {printable(loose[0].name)}: "
+            "not used"
         )
     if deep:
         name, inner = next(iter(deep.items()))
         notes.append(
-            f"{len(deep)} class folder(s) of {folder} hold folders, as {name}/ holds {_listed(inner)}: all images "
-            "below a class folder are of its class"
+            f"{len(deep)} class folder(s) of {printable(folder)} hold folders, as {printable(name)}/ holds "
+            f"{_listed(inner)}: all images below a class folder are of its class"
         )
     return notes
 
 
 def _listed(folders: Iterable[Path | str]) -> str:
-    names = [f"{shown(Path(folder).name, 60)[1:-1]}/" for folder in folders]
+    names = [f"{_cut(printable(Path(folder).name), 60)}/" for folder in folders]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "..."
 
 
 # --- their images ---
@@ -225,7 +253,9 @@ def _read_images(files: list[Path], root: Path, size: int, keep_in: Path | None)
     try:
         check_memory(len(files) * size * size * 3)
     except ValueError as error:
-        raise ValueError(f"{root}: {len(files)} images of {size}x{size} pixels are too many: {error}.") from error
+        raise ValueError(
+            f"{printable(root)}: {len(files)} images of {size}x{size} pixels are too many: {error}."
+        ) from error
     bad: dict[Path, Exception] = {}
     place, digest = None, hashlib.sha256()
     if keep_in is not None and not keep_in.is_symlink():  # a linked folder may be anywhere
@@ -236,13 +266,20 @@ def _read_images(files: list[Path], root: Path, size: int, keep_in: Path | None)
         if not bad and (images := kept.load(place, len(files), size)) is not None:
             return images, before
     images = np.empty((len(files), size, size, 3), np.uint8)
+    odd: dict[Path, Exception] = {}
     for i, content in _contents(files, root, bad, digest, "Decoding"):
-        try:
-            images[i] = pictures.decode(content, size)
-        except Exception as error:  # a damaged picture makes its decoder raise nearly anything
-            bad[files[i]] = error
+        with warnings.catch_warnings(record=True) as said:  # a decoder does not know what the file is called
+            warnings.simplefilter("always")
+            try:
+                images[i] = pictures.decode(content, size)
+            except Exception as error:  # a damaged picture makes its decoder raise nearly anything
+                bad[files[i]] = error
+        if said:
+            odd[files[i]] = said[0].message
     if bad:
-        raise _unreadable([file for file in files if file in bad], bad, root)
+        raise _unreadable({file: bad[file] for file in files if file in bad}, root)
+    if odd:
+        warnings.warn(f"{len(odd)} image(s) of {printable(root)} are odd, and used: {_some(odd, root)}", stacklevel=5)
     if place and place == kept.place(keep_in, digest.hexdigest(), size):  # else something was changed meanwhile
         kept.save(place, images)
     return images, digest
@@ -250,7 +287,7 @@ def _read_images(files: list[Path], root: Path, size: int, keep_in: Path | None)
 
 def _contents(files: list[Path], root: Path, bad: dict, digest, doing: str) -> Iterator[tuple[int, bytes]]:
     """(number, content) of each file that can be read, its name and bytes added to `digest`; the others go to `bad`."""
-    for i, file in enumerate(tqdm(files, desc=f"{doing} {root.name}", unit="image", delay=BAR_AFTER)):
+    for i, file in enumerate(tqdm(files, desc=f"{doing} {printable(root.name)}", unit="image", delay=BAR_AFTER)):
         if file in bad:
             continue
         try:
@@ -263,16 +300,20 @@ def _contents(files: list[Path], root: Path, bad: dict, digest, doing: str) -> I
         yield i, content
 
 
-def _unreadable(files: list[Path], errors: dict[Path, Exception], root: Path) -> ValueError:
+def _unreadable(bad: dict[Path, Exception], root: Path) -> ValueError:
     """All that is wrong in a dataset at once: the first five files with the reasons, and how many there are."""
     allowed = f"Allowed are {pictures.FORMATS_TEXT}, one picture a file."
-    if len(files) == 1:
-        name = str(files[0]) if str(files[0]).isprintable() else repr(str(files[0]))  # a line break there is none here
-        why = reason(errors[files[0]])
-        return ValueError(f"{name} is not an image that can be read ({why}); mend or remove it. {allowed}")
-    some = [f"{shown(str(f.relative_to(root)), 80)[1:-1]} ({reason(errors[f], 80)})" for f in files[:5]]
-    more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+    if len(bad) == 1:
+        ((file, error),) = bad.items()
+        why = f"{printable(file)} is not an image that can be read ({reason(error)})"
+        return ValueError(f"{why}; mend or remove it. {allowed}")
     return ValueError(
-        f"{root} holds {len(files)} files that are not images that can be read: {', '.join(some)}{more}; mend or "
+        f"{printable(root)} holds {len(bad)} files that are not images that can be read: {_some(bad, root)}; mend or "
         f"remove them. {allowed}"
     )
+
+
+def _some(reasons: dict[Path, Exception], root: Path) -> str:
+    """The first five of the files with the reasons, and how many more there are."""
+    some = [f"{_cut(printable(f.relative_to(root)), 80)} ({reason(reasons[f], 80)})" for f in list(reasons)[:5]]
+    return ", ".join(some) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
-RESIZED_AT_ONCE = 256  # images; all of CIFAR in float would fill a small machine's memory
+RESIZED_AT_ONCE = 2**22  # pixels, 50 MB in float; all of CIFAR would fill a small machine's memory
+BAR_AFTER = 3  # seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +102,13 @@ def resize(images: torch.Tensor, size: int, antialias: bool = True) -> torch.Ten
         return images
     resized = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8, device=images.device)
     # In float, because torch's uint8 kernel rounds differently from one kind of CPU to another.
-    for start in range(0, len(images), RESIZED_AT_ONCE):
-        rows = slice(start, start + RESIZED_AT_ONCE)
-        batch = images[rows].float()
-        batch = torch.nn.functional.interpolate(batch, size=(size, size), mode="bilinear", antialias=antialias)
-        resized[rows] = batch.round().clamp(0, 255).to(torch.uint8)
+    at_once = max(1, RESIZED_AT_ONCE // max(size * size, images[0, 0].numel() if len(images) else 0))
+    how = dict(desc=f"Resizing to {size}x{size}", unit="image", delay=BAR_AFTER, disable=len(images) <= at_once)
+    with tqdm(total=len(images), **how) as bar:  # the sampler's batches need none
+        for start in range(0, len(images), at_once):
+            rows = slice(start, start + at_once)
+            batch = images[rows].float()
+            batch = torch.nn.functional.interpolate(batch, size=(size, size), mode="bilinear", antialias=antialias)
+            resized[rows] = batch.round().clamp(0, 255).to(torch.uint8)
+            bar.update(len(batch))
     return resized

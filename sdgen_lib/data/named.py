@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config.messages import printable
 from .parts import Parts
 
 CIFAR = ("cifar10", "cifar100")
@@ -88,13 +89,13 @@ def _move_aside(path: Path) -> None:
     aside = path.with_name(path.name + ".damaged")
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         os.replace(path, aside)
-    print(f"{path.name} is damaged; it was moved aside to {aside} and is downloaded again.", flush=True)
+    print(f"{path.name} is damaged; it was moved aside to {printable(aside)} and is downloaded again.", flush=True)
 
 
 def _no_download(name: str, url: str, target: Path, error: Exception) -> ConnectionError:
     return ConnectionError(
         f"{name!r} could not be downloaded from {url} ({error}); check the network, or put the file at "
-        f"{target} by hand, or use dataset 'digits', which needs no download."
+        f"{printable(target)} by hand, or use dataset 'digits', which needs no download."
     )
 
 
@@ -128,7 +129,9 @@ def _read_medmnist(name: str) -> tuple[tuple[str, ...], Parts]:
             path.unlink(missing_ok=True)  # a download that broke off; it was not there before
             raise _no_download(name, info[f"url{suffix}"], path, error.__context__ or error) from error
     if not check_integrity(path, md5):
-        raise ValueError(f"{path} is not what MedMNIST publishes: its MD5 is not {md5}; delete it and run again.")
+        raise ValueError(
+            f"{printable(path)} is not what MedMNIST publishes: its MD5 is not {md5}; delete it and run again."
+        )
     splits = {part: cls(part, root=folder, size=size) for part in ("train", "val", "test")}
     class_names = tuple(info["label"][key] for key in sorted(info["label"], key=int))
     return class_names, {part: (split.imgs, split.labels) for part, split in splits.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config.messages import shown
+from ..config.messages import printable, shown
 from .parts import PARTS, Found, check_class_names, check_memory, composed, make_slug, reason
 
 LAYOUT = (*(f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")), "class_names")
@@ -31,14 +31,14 @@ def read_npz(path: Path) -> Found:
             others = [name.removesuffix(".npy") for name in archive.namelist()]
         has = shown(", ".join(others), 120)[1:-1] or "none"
         raise ValueError(
-            f"{path} has no array {', '.join(missing)} (it has {has}); "
+            f"{printable(path)} has no array {', '.join(missing)} (it has {has}); "
             "it must hold train_images, train_labels, test_images and test_labels, as MedMNIST's files do."
         )
     arrays = {part: (found[f"{part}_images"], found[f"{part}_labels"]) for part in parts}
     side = arrays["train"][0].shape[1:2]
     for part, (images, labels) in arrays.items():
-        _check_images(images, side, f"{path}: {part}_images")
-        _check_labels(labels, len(images), f"{path}: {part}_labels")
+        _check_images(images, side, f"{printable(path)}: {part}_images")
+        _check_labels(labels, len(images), f"{printable(path)}: {part}_labels")
     class_names = _class_names(found.get("class_names"), [labels for _, labels in arrays.values()], path)
     with path.open("rb") as file:
         slug = make_slug(path.stem, hashlib.file_digest(file, "sha256"))
@@ -48,7 +48,7 @@ def read_npz(path: Path) -> Found:
 def read_arrays(path: Path, keys: Collection[str]) -> dict[str, np.ndarray]:
     """Those of the arrays called ``keys`` that the file holds; others in it are not read."""
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a .npz file (no whole zip archive); write it with numpy.savez.")
+        raise ValueError(f"{printable(path)} is not a .npz file (no whole zip archive); write it with numpy.savez.")
     wanted = {f"{key}.npy" for key in keys}
     arrays, key = {}, "its list of arrays"
     try:
@@ -64,7 +64,7 @@ def read_arrays(path: Path, keys: Collection[str]) -> dict[str, np.ndarray]:
     except Exception as error:  # a damaged archive makes its parsers raise nearly anything
         form = "text: class_names.astype(str)" if key == "class_names" else "plain numbers"
         raise ValueError(
-            f"{path}: {key} cannot be read ({reason(error)}); write it with numpy.savez, as {form}."
+            f"{printable(path)}: {key} cannot be read ({reason(error)}); write it with numpy.savez, as {form}."
         ) from (error)
     return arrays
 
@@ -115,14 +115,17 @@ def _class_names(given: np.ndarray | None, labels: list[np.ndarray], path: Path)
         class_names = tuple(composed(name) for name in given.tolist()) if is_text else ()
         if not is_text or len(set(class_names)) != len(given):
             raise ValueError(
-                f"{path}: class_names is {given.dtype} {given.shape}; it must be C different strings, as of "
+                f"{printable(path)}: class_names is {given.dtype} {given.shape}; it must be C different strings, as of "
                 "class_names.astype(str)."
             )
     check_class_names(class_names, path)
     if found[0] < 0 or found[-1] >= len(class_names):
         some = ", ".join(map(str, found[:5])) + (f", ... {found[-1]}" if len(found) > 5 else "")
-        raise ValueError(
-            f"{path}: the labels (train_labels and the others) are {some}; {len(class_names)} classes must "
-            f"be numbered 0 to {len(class_names) - 1}."
-        )
+        if len(class_names) > 1:
+            rule = f"{len(class_names)} classes must be numbered 0 to {len(class_names) - 1}"
+        elif given is None:
+            rule = "that is one class, and at least 2 are needed, numbered 0, 1 and so on"
+        else:
+            rule = f"class_names holds {'one name' if class_names else 'no names'}, and each class needs one"
+        raise ValueError(f"{printable(path)}: the labels (train_labels and the others) are {some}; {rule}.")
     return class_names

@@ -51,9 +51,10 @@ def composed(text: str) -> str:
 def check_class_names(class_names: tuple[str, ...], where: object) -> None:
     """They are printed and drawn, never used as a path: any printable text will do, "T-shirt/top" too."""
     for name in class_names:
-        if not name.strip() or printable(name) != name or len(name) > MAX_CLASS_NAME:
+        is_visible = any(c.isprintable() and c != " " for c in name)  # not only spaces and joiners
+        if not is_visible or printable(name) != name or len(name) > MAX_CLASS_NAME:
             raise ValueError(
-                f"{where} has a class called {shown(name)}; a class name must be printable text of 1 to "
+                f"{printable(where)} has a class called {shown(name)}; a class name must be printable text of 1 to "
                 f"{MAX_CLASS_NAME} characters."
             )
 

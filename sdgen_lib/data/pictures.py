@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 FORMATS_TEXT = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
-# A phone of 108 megapixels makes pictures of 12 000 x 9000; unpacked, the largest that is allowed takes 480 MB.
-MAX_PIXELS, MAX_BYTES = 120_000_000, 256_000_000
+# Phones of "64 megapixels" make pictures of 9280 x 6944, those of 108 make 12 000 x 9000, as JPEGs. A JPEG is unpacked
+# small (see `draft` below); of another kind 70 million pixels take 800 MB on the way where they are transparent, and
+# 100 kB of file are enough to ask for that.
+MAX_PIXELS, MAX_JPEG_PIXELS, MAX_BYTES = 70_000_000, 120_000_000, 256_000_000
 
 
 def read(file: Path, root: Path) -> bytes:
@@ -44,12 +47,19 @@ def decode(content: bytes, size: int) -> np.ndarray:
 def _picture(content: bytes, size: int) -> Image.Image:
     """A file's one picture in RGB, its shorter side of `size` pixels or more, if it has so many."""
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header only
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its 90 megapixels are not our limits
+            image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header only
     except UnidentifiedImageError as error:
         raise ValueError("of no allowed format, or damaged") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit lies above ours
+        raise ValueError(
+            f"it has more than the {MAX_JPEG_PIXELS:,} pixels that are allowed; make it smaller"
+        ) from error
     width, height = image.size
-    if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"it has {width} x {height} pixels; 1 to {MAX_PIXELS:,} in all are allowed")
+    most = MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS
+    if not 0 < width * height <= most:
+        raise ValueError(f"it has {width} x {height} pixels; 1 to {most:,} in all are allowed; make it smaller")
     if max(width, height) > 200 * min(width, height):
         raise ValueError(f"it has {width} x {height} pixels; a side may be 200 times the other at most")
     # Phones store a photograph with helpers behind it, a depth map or a preview, as MPO: it is the first picture.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..config.messages import shown, unknown_name
+from ..config.messages import printable, shown, unknown_name
 from . import named, splits
 from .folders import read_folder
 from .images import ImageData, Split, resize
@@ -62,9 +62,10 @@ def load(
     name, count = split_count(os.fspath(dataset), base_dir)
     found, default_size = _read(name, image_size, base_dir, keep_in)
     val_fraction = splits.CIFAR_VAL_FRACTION if found.slug in named.CIFAR else splits.VAL_FRACTION
+    _check_grey(found.parts, name)
     three = splits.three_splits(found.parts, seed, val_fraction)
     data = ImageData(os.fspath(dataset), found.slug, found.class_names, **three, notes=found.notes)
-    _check_classes(data, name)
+    _check_classes(data, set(found.parts), name)
     for note in found.notes:
         warnings.warn(note, stacklevel=2)
     if count is not None:
@@ -112,7 +113,8 @@ def split_count(text: str, base_dir: Path | None) -> tuple[str, int | None]:
         return name, int(count)
     if is_name or _exists(name, base_dir):
         raise ValueError(
-            f"{text!r} asks for {count!r} training images; write a whole number after the colon, as in '{name}:200'."
+            f"{text!r} asks for {count!r} training images; write a whole number after the colon, as in "
+            f"'{printable(name)}:200'."
         )
     return text, None
 
@@ -159,7 +161,9 @@ def _find(name: str, base_dir: Path | None) -> Path:
             return place
         if os.path.exists(place):
             hint = " (unpack an archive first)" if place.suffix.lower() in ARCHIVES else ""
-            raise ValueError(f"{place} is neither a folder nor a .npz file; a dataset must be one of the two{hint}.")
+            raise ValueError(
+                f"{printable(place)} is neither a folder nor a .npz file; a dataset must be one of the two{hint}."
+            )
     tried = shown(" or ".join(map(str, places)), 1000)[1:-1]
     if name.startswith((".", "~")) or name.lower().endswith(".npz") or "/" in name or os.sep in name:
         raise FileNotFoundError(f"No file or folder at {tried}; correct the path {shown(name)}.")
@@ -170,22 +174,38 @@ def _find(name: str, base_dir: Path | None) -> Path:
 def _check_size(data: ImageData, size: int, name: str) -> None:
     """Raises ValueError where the resized images would not fit into the memory."""
     count = sum(len(split) for split in (data.train, data.val, data.test) if split.images.shape[-1] != size)
+    _check_room(count, size, name)
+
+
+def _check_grey(parts: Parts, name: str) -> None:
+    """Raises ValueError where the grey images would not fit into the memory as RGB."""
+    grey = [images for images, _ in parts.values() if images.ndim == 3]
+    if grey:
+        _check_room(sum(map(len, grey)), grey[0].shape[1], name)
+
+
+def _check_room(count: int, size: int, name: str) -> None:
     try:
         check_memory(count * 3 * size * size)
     except ValueError as error:
         raise ValueError(f"{name!r}: {count} images of {size}x{size} pixels are too many: {error}.") from error
 
 
-def _check_classes(data: ImageData, name: str) -> None:
+def _check_classes(data: ImageData, given: set[str], name: str) -> None:
+    """Raises ValueError for a class without an image to train with or to test; `given` are the source's own parts."""
     if data.num_classes < 2:
         raise ValueError(f"{name!r} has one class, {data.class_names[0]!r}; at least 2 classes are needed.")
     for where, split in (("training", data.train), ("test", data.test)):
         counts = torch.bincount(split.labels, minlength=data.num_classes)
         missing = [data.class_names[i] for i in torch.nonzero(counts == 0).flatten().tolist()]
         if missing:
-            why = "a class needs 3 images or more where the splits are made here"
-            if where == "training" and set(missing) <= {data.class_names[i] for i in data.val.labels.tolist()}:
-                why = "its only one is among the validation images: put 2 or more into train/, or give val/"
+            in_val = set(missing) & {data.class_names[i] for i in data.val.labels.tolist()}
+            if "all" in given:
+                why = "a class needs 3 images or more where the splits are made here"
+            elif where == "training" and "val" not in given and in_val:
+                why = "the only one is taken for validation: put 2 or more into train, or give val images too"
+            else:
+                why = f"add some to the {where} images, or leave the class out"
             raise ValueError(
                 f"{name!r} has no {where} image of class {', '.join(map(repr, missing[:5]))}; every class "
                 f"needs one there ({why})."

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..config.messages import printable
 from .images import ImageData, Split
 from .parts import Parts
 
@@ -35,7 +36,7 @@ def keep(data: ImageData, count: int, seed: int, name: str) -> ImageData:
     """
     if not data.num_classes <= count <= len(data.train):
         raise ValueError(
-            f"'{name}:{count}' asks for {count} training images; it must be from {data.num_classes} "
+            f"'{printable(name)}:{count}' asks for {count} training images; it must be from {data.num_classes} "
             f"(the number of classes) to {len(data.train)} (all there are)."
         )
     train = data.train.take(stratified(data.train.labels, count, seed))

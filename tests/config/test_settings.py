@@ -477,3 +477,9 @@ def test_a_storage_that_cannot_be_shared_is_refused_and_no_password_is_shown(sto
         resolve("demo", "tiny", storage=storage)
     assert "secret" not in str(error.value)
     assert resolve("demo", "tiny", storage="sqlite:///search.db").storage == "sqlite:///search.db"
+
+
+@pytest.mark.parametrize("name", ["/data/犬\u3000柴", "می\u200cخواهم", "a\u00a0b"])
+def test_a_path_in_every_script(name):
+    settings = resolve("demo", "tiny", dataset=name, runs_dir=name)
+    assert (settings.dataset, settings.runs_dir) == (name, name)

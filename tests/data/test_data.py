@@ -22,6 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from sdgen_lib import data
+from sdgen_lib.data import images as images_module
 from sdgen_lib.data import named, sources
 from sdgen_lib.data.parts import check_class_names
 
@@ -412,6 +413,18 @@ def test_no_network(name, cache, monkeypatch):
         assert part in str(error.value)
 
 
+def test_no_text_shows_the_folder_of_downloads_as_it_is(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "a\x1b[2J\u202e"
+    folder.mkdir()
+    monkeypatch.setenv("SDGEN_DATA", str(folder))
+    (folder / "pathmnist.npz").write_bytes(b"damaged")
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", no_network)
+    with pytest.raises(ConnectionError) as error:
+        data.load("pathmnist")
+    printed = capsys.readouterr().out.splitlines()
+    assert "moved aside to" in printed[0] and all(text.isprintable() for text in (str(error.value), printed[0]))
+
+
 def test_a_broken_download_leaves_nothing_behind(cache, monkeypatch):
     def breaks_off(url, root, filename, md5):
         (Path(root) / filename).write_bytes(b"PK half")
@@ -548,6 +561,12 @@ def test_npz_needs_two_classes(tmp_path):
     one = {f"{part}_labels": np.zeros(12, int) for part in ("train", "val", "test")}
     with pytest.raises(ValueError, match="at least 2 classes"):
         data.load(write_npz(tmp_path / "mine.npz", **one))
+
+
+def test_npz_with_one_class_that_is_not_0(tmp_path):
+    ones = {f"{part}_labels": np.ones(12, int) for part in ("train", "val", "test")}
+    with pytest.raises(ValueError, match="are 1; that is one class, and at least 2 are needed, numbered 0, 1 and so"):
+        data.load(write_npz(tmp_path / "mine.npz", **ones))
 
 
 def test_npz_that_is_none(tmp_path):
@@ -740,9 +759,39 @@ def test_resize_leaves_the_right_size_alone_and_checks_its_input():
         data.resize(images[0], 16)
 
 
-def test_resize_does_not_depend_on_the_batch():
+def test_resize_does_not_depend_on_the_batch(monkeypatch):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (600, 3, 8, 8), dtype=np.uint8))
-    assert torch.equal(data.resize(images, 11)[300:301], data.resize(images[300:301], 11))
+    monkeypatch.setattr(images_module, "RESIZED_AT_ONCE", 256 * 11 * 11)
+    resized = data.resize(images, 11)
+    assert torch.equal(resized[300:301], data.resize(images[300:301], 11))
+    monkeypatch.undo()
+    assert torch.equal(resized, data.resize(images, 11))
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, 1024), (1024, 8)])
+def test_resize_has_few_pixels_in_float_at_a_time(side, size, monkeypatch):
+    seen, interpolate = [], torch.nn.functional.interpolate
+
+    def watched(batch, **given):
+        found = interpolate(batch, **given)
+        seen.append(max(batch.numel(), found.numel()))
+        return found
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", watched)
+    data.resize(torch.zeros(9, 3, side, side, dtype=torch.uint8), size)
+    assert len(seen) > 1 and max(seen) <= 3 * 2**22
+
+
+def test_resize_shows_a_bar_where_it_takes_long(monkeypatch, capsys):
+    images = torch.zeros(9, 3, 8, 8, dtype=torch.uint8)
+    data.resize(images, 11)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(images_module, "BAR_AFTER", 0)
+    data.resize(images, 11)
+    assert capsys.readouterr().err == ""  # one piece of work
+    monkeypatch.setattr(images_module, "RESIZED_AT_ONCE", 4 * 11 * 11)
+    data.resize(images, 11)
+    assert "Resizing to 11x11: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["犬\u3000柴", "می\u200cخواهم", "👨\u200d👩\u200d👧", "a\u00a0b"])
@@ -750,7 +799,7 @@ def test_names_of_every_script_are_class_names(name):
     check_class_names((name, "cat"), "somewhere")
 
 
-@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "a\u202eb", "\u3000", "", "a\ud800"])
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "a\u202eb", "\u3000", "", "a\ud800", "\u200c", " \u200d\u3000"])
 def test_what_no_line_shows_is_no_class_name(name):
     with pytest.raises(ValueError, match="must be printable text"):
         check_class_names((name, "cat"), "somewhere")

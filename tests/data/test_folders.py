@@ -1,5 +1,6 @@
 """Folders as people have them: which are splits, which are classes, what is passed over, and what is said of it."""
 
+import io
 import os
 import shutil
 import unicodedata
@@ -12,9 +13,9 @@ import torchvision
 from PIL import Image
 
 from sdgen_lib import data
-from sdgen_lib.data import parts
+from sdgen_lib.data import folders, parts
 
-from .drawn import pictures_of, shade, write
+from .drawn import encoded, pictures_of, shade, write
 
 
 def counts(found) -> tuple:
@@ -120,25 +121,102 @@ def test_classes_called_as_the_splits_are_told_of(tmp_path):
     assert noted(tmp_path, "test/, train/ of .*taken for classes").class_names == ("bus", "test", "train")
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("train", "valid", "test")])
-def test_splits_of_images_alone_hold_no_classes(tmp_path, names):
+@pytest.mark.parametrize("names", [("train", "test"), ("train", "valid", "test"), ("train",), ("Test",)])
+@pytest.mark.parametrize("table", ["_classes.csv", "metadata.jsonl", "../annotations/train.json", "../readme.txt"])
+def test_splits_of_images_alone_hold_no_classes(tmp_path, names, table):
     """As multi-label exports have them, with the labels in a table."""
-    pictures_of(tmp_path, *names)
-    assert "hold images and no class folders; a split holds a sub-folder of images per class" in refusal(tmp_path)
+    write(pictures_of(tmp_path, *names), *(f"{name}/{table}" for name in names), content=b"filename, cat, dog")
+    text = refusal(tmp_path)
+    assert "images and no class folders; a split holds a sub-folder of images per class" in text
+    assert all(f"{name}/" in text for name in names)
 
 
-@pytest.mark.parametrize("name", ["validate", "eval", "Validation"])
+@pytest.mark.parametrize("name", ["validate", "eval", "Validation", "evaluation"])
 def test_other_names_of_the_validation_images(tmp_path, name):
     pictures_of(tmp_path, *(f"{part}/{label}" for part in ("train", name, "test") for label in ("cat", "dog")))
     assert counts(quietly(tmp_path))[1][1] > 0 and not data.load(tmp_path).notes
 
 
-@pytest.mark.parametrize("left", ["0.png:Zone.Identifier", "0.png@SynoEAStream", "Picasa.ini", "a.png@SynoResource"])
+LEFT_BESIDE = [
+    *("0.png:Zone.Identifier", "0.png\uf03aZone.Identifier", "0.png:Zone.Identifier:$DATA", "0.png@SynoEAStream"),
+    *("a.png@SynoResource", "Picasa.ini", ".picasa.ini", "ehthumbs_vista.db", "Thumbs.db:encryptable", "0.AAE"),
+    *("0.png:AFP_AfpInfo", "0.png:AFP_Resource", "0.png:com.dropbox.attrs", "0.xmp", "0.png.XMP", "0.png.pp3"),
+]
+
+
+@pytest.mark.parametrize("left", LEFT_BESIDE)
 def test_what_programs_leave_beside_a_picture_is_passed_over(tmp_path, left):
     pictures_of(tmp_path, "cat", "dog")
     before = counts(quietly(tmp_path))
     (tmp_path / "cat" / left).write_text("[ZoneTransfer]")
     assert counts(quietly(tmp_path)) == before
+
+
+def test_a_class_called_as_what_is_left_beside_a_picture(tmp_path):
+    assert quietly(pictures_of(tmp_path, "adobe.xmp", "dog")).class_names == ("adobe.xmp", "dog")
+
+
+STRANGE = ["e\x1b[2J", "e\nz", "e\u202ez", os.fsdecode(b"\xe9t\xe9")]
+WRONG = {
+    "the dataset is empty": lambda root, name: (root / name).mkdir() or root / name,
+    "a split without classes": lambda root, name: (
+        pictures_of(root / name, "train/cat", "test/cat", "val") and root / name
+    ),
+    "a class of test/ alone": lambda root, name: pictures_of(
+        root, "train/cat", "train/dog", "test/cat", f"test/{name}"
+    ),
+    "classes deeper": lambda root, name: pictures_of(root, f"{name}/cat", f"{name}/dog"),
+    "an empty class": lambda root, name: (root / name / "cat").mkdir(parents=True) or pictures_of(root / name, "dog"),
+    "no picture": lambda root, name: write(pictures_of(root, "cat", "dog"), f"cat/{name}.png", content=b"x"),
+    "no pictures": lambda root, name: write(root, f"cat/{name}.png", f"dog/{name}.png", content=b"x"),
+    "train alone": lambda root, name: pictures_of(root, "train/cat", "train/dog", name),
+    "like a split": lambda root, name: pictures_of(root, "train/cat", "test/cat", f"val_{name}/cat"),
+    "splits in a class": lambda root, name: pictures_of(root / name, "cat/train", "cat/test"),
+    "an archive": lambda root, name: write(root, f"{name}.zip", content=b"x") / f"{name}.zip",
+    "no npz": lambda root, name: write(root, f"{name}.npz", content=b"x") / f"{name}.npz",
+    "too many": lambda root, name: f"{pictures_of(root / name, 'cat', 'dog')}:99",
+    "no count": lambda root, name: f"{write(root, f'{name}.npz', content=b'x') / name}.npz:x",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_no_error_shows_a_name_as_it_is(tmp_path, wrong, name):
+    dataset = WRONG[wrong](tmp_path, name)
+    with pytest.raises(ValueError) as error:
+        data.load(dataset)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_no_note_and_no_bar_shows_a_name_as_it_is(tmp_path, name, monkeypatch):
+    root = pictures_of(tmp_path / name, "train/cat", "train/dog", "test/cat", "test/dog", name, f"train/cat/{name}")
+    write(root / "train", f"{name}.png")
+    titles, bar = [], folders.tqdm
+    monkeypatch.setattr(folders, "tqdm", lambda *args, desc, **given: titles.append(desc) or bar(*args, **given))
+    with pytest.warns(UserWarning):
+        notes = data.load(root).notes
+    assert len(notes) == 3 and len(titles) == 1 and all(text.isprintable() for text in (*notes, *titles))
+
+
+def test_a_listed_folder_is_called_as_it_is(tmp_path):
+    """Not by its escape codes."""
+    pictures_of(tmp_path, "train/cat", "train/dog", "test/cat", "test/dog", "犬\u3000柴")
+    (note,) = noted(tmp_path, "not used").notes
+    assert note.startswith("犬\u3000柴/ of ")
+
+
+def test_a_picture_whose_camera_notes_are_damaged_is_named(tmp_path):
+    pictures_of(tmp_path, "cat", "dog")
+    content = encoded(Image.new("RGB", (9, 9)), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):  # what Pillow says, without a name
+        Image.open(io.BytesIO(content)).getexif()
+    write(tmp_path, *(f"cat/odd {i}.jpg" for i in range(7)), content=content)
+    with pytest.warns(UserWarning) as said:
+        data.load(tmp_path)
+    (text,) = {str(warning.message) for warning in said}
+    assert f"7 image(s) of {tmp_path} are odd, and used: cat/odd 0.jpg (Corrupt EXIF" in text
+    assert text.endswith("and 2 more") and said[0].filename == __file__
 
 
 def test_names_of_files_reach_no_terminal_as_they_are(tmp_path):
@@ -156,7 +234,39 @@ def test_one_image_a_class_in_train(tmp_path):
         for folder in (tmp_path / part).iterdir():
             for extra in sorted(folder.iterdir())[1:]:
                 extra.unlink()
-    assert "put 2 or more into train/, or give val/" in refusal(tmp_path)
+    text = refusal(tmp_path)
+    assert "the only one is taken for validation: put 2 or more into train, or give val images too" in text
+
+
+@pytest.mark.parametrize("lacking", ["train", "test"])
+def test_a_class_that_a_given_part_lacks(tmp_path, lacking):
+    """Nothing is split here, so nothing is said of splitting."""
+    images = np.zeros((6, 8, 8), np.uint8)
+    labels = {part: np.arange(6) % (1 if part == lacking else 2) for part in ("train", "val", "test")}
+    np.savez(
+        tmp_path / "a.npz",
+        **{f"{part}_images": images for part in labels},
+        **{f"{part}_labels": given for part, given in labels.items()},
+    )
+    text = refusal(tmp_path / "a.npz")
+    where = {"train": "training", "test": "test"}[lacking]
+    assert f"no {where} image of class 'class 1'" in text
+    assert f"add some to the {where} images, or leave the class out" in text
+
+
+def test_grey_images_are_refused_before_their_colours_fill_the_memory(tmp_path, monkeypatch):
+    """12 kB in grey are 36 kB in RGB."""
+    labels = np.arange(6) % 2
+    for name, shape in (("grey", (6, 32, 32)), ("rgb", (6, 32, 32, 3))):
+        images = np.zeros(shape, np.uint8)
+        np.savez(
+            tmp_path / f"{name}.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels
+        )
+    monkeypatch.setattr(parts, "memory_limit", lambda: 30_000)
+    with pytest.raises(ValueError, match="12 images of 32x32 pixels are too many: unpacked they take"):
+        data.load(tmp_path / "grey.npz")
+    monkeypatch.setattr(parts, "memory_limit", lambda: 40_000)
+    assert len(quietly(tmp_path / "grey.npz").test) == len(quietly(tmp_path / "rgb.npz").test) == 6
 
 
 def test_enlarging_is_refused_before_the_memory_is_full(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Pictures as cameras and programs write them, against Pillow and against colours put together by hand."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -103,3 +104,21 @@ def test_a_turned_photograph_is_turned_also_when_it_is_unpacked_small():
 def test_no_memory_address_in_what_is_said():
     with pytest.raises(ValueError, match="^of no allowed format, or damaged$"):
         pictures.decode(b"hello", 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [((9280, 6944), "JPEG"), ((9248, 6936), "JPEG"), ((9280, 6944), "PNG"), ((12000, 9000), "JPEG")]
+)
+def test_phones_of_64_and_108_megapixels(size, kind):
+    content = encoded(Image.new("L", size, 100), kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow warns of bombs from 90 megapixels on
+        assert flat(content) == [100] * 3
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "most"), [((12000, 9000), "PNG", "70,000,000"), ((12000, 10001), "JPEG", "120,000,000")]
+)
+def test_more_pixels_than_the_memory_should_hold(size, kind, most):
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels; 1 to {most} in all"):
+        pictures.decode(encoded(Image.new("L", size), kind), 8)
