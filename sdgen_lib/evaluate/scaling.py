@@ -12,7 +12,7 @@ from ..store.run import Step
 from ..work import cost
 from ..work.workspace import Source, Workspace
 from .rows import PREDICTED, Training, row_step
-from .sets import block_step, blocks_of, synthetic
+from .sets import block_step, blocks_of, set_topics, synthetic
 
 REAL = "real"
 
@@ -22,21 +22,20 @@ def scaling_step(ws: Workspace, source: Source, name: str) -> Step:
 
     Raises ValueError for another name.
     """
-    n, s = len(ws.data.train), ws.settings
+    n = len(ws.data.train)
     if name == REAL:
         return row_step(ws, "table_2/real", lambda _: Training(ws.data.train), n)
     if not (name.startswith("x") and name[1:].isdecimal() and int(name[1:])):
         raise ValueError(f"A row of table 2 is 'real', 'x1', 'x2', .., not {name!r}.")
     multiple = int(name[1:])
     blocks = tuple(block_step(ws, source, block) for block in blocks_of(ws, multiple))
-    topics = ("seed",) if s.larger_sets == "nested" or multiple == 1 else ("seed", "larger_sets")
     return row_step(
         ws,
         f"table_2/{name}",
         lambda _: Training(synthetic(ws, source, multiple), {"point": dict(source.point())}),
         multiple * n,
         needs=blocks,
-        topics=topics,
+        topics=set_topics(ws, multiple),
     )
 
 

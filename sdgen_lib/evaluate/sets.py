@@ -82,6 +82,11 @@ def blocks_of(ws: Workspace, multiple: int) -> list[int]:
     return list(range(1, s.max_multiple + 1))
 
 
+def set_topics(ws: Workspace, multiple: int) -> tuple[str, ...]:
+    """What the set of ``multiple`` times the real size reads of the settings, beside what its blocks do."""
+    return ("seed",) if ws.settings.larger_sets == "nested" or multiple == 1 else ("seed", "larger_sets")
+
+
 def synthetic(ws: Workspace, source: Source, multiple: int) -> Split:
     """The synthetic set of ``multiple`` times the real one's size, made if it is not there."""
     numbers, s = blocks_of(ws, multiple), ws.settings

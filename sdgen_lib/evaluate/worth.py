@@ -20,7 +20,7 @@ from ..data import Split, resize
 from ..store.run import Step
 from ..work.workspace import Source, Workspace
 from .rows import Training, row_step
-from .sets import block_step, blocks_of, synthetic
+from .sets import block_step, blocks_of, set_topics, synthetic
 
 KINDS = ("real", "generated", "both")
 
@@ -67,20 +67,16 @@ def worth_step(
         return Training(generated if kind == "generated" else Mixture((real, generated), ratio), facts)
 
     images = {"real": n, "generated": multiple * n, "both": (multiple + 1) * n}[kind]
-    topics: tuple[str, ...] = () if kind == "real" else ("seed",)
-    if kind != "real" and ws.settings.larger_sets != "nested" and multiple > 1:
-        topics += ("larger_sets",)
     return row_step(
         ws,
         f"worth/{kind}",
         training,
         images,
         needs=needs,
-        topics=topics,
+        topics=() if kind == "real" else set_topics(ws, multiple),
         inputs={"ratio": list(ratio) if ratio else None},
         options={"augmentation": augmentation, "network": network, **equal_steps(ws, steps_of or multiple)},
         tests=tests,
-        title="",
     )
 
 

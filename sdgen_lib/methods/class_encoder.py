@@ -33,7 +33,7 @@ from ..store import files
 from ..store.run import DIGITS, Step, results
 from ..work import cost
 from ..work.fitting import HISTORY, checkpoint_name, fit_and_keep
-from ..work.workspace import Source, Workspace, classifier_options, classifier_work
+from ..work.workspace import Source, Workspace, classifier_options, classifier_work, never_made
 
 ROWS = ("after 1", "after 2", "after 3", "after 4")  # of table 1: where the steps stand
 JOURNAL = "journal.log"
@@ -284,7 +284,7 @@ class ClassEncoderMethod:
             "after 4": (self.transfer_step, self.tune_step(), self.finetune_step, self.retune_step()),
         }[row]
         topics = (*SAMPLING, "default_point") if row == "after 1" else SAMPLING
-        step = Step(f"generator/{row}", make=_never, topics=topics, needs=needs, roots=("model",))
+        step = Step(f"generator/{row}", make=never_made, topics=topics, needs=needs, roots=("model",))
         return Source(
             row,
             step,
@@ -609,10 +609,6 @@ def _training_options(s: View) -> dict[str, Any]:
         gradient_checkpointing=s.gradient_checkpointing,
         seed=s.seed,
     )
-
-
-def _never(folder: Path, s: View) -> Mapping[str, Any]:
-    raise AssertionError("a source is no stored result")
 
 
 def _study_name(step: Step) -> str:

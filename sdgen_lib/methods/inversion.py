@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from ..store import files
 from ..store.run import Step
 from ..work import cost
 from ..work.fitting import HISTORY, checkpoint_name, fit_and_keep
-from ..work.workspace import Source, Workspace
+from ..work.workspace import Source, Workspace, never_made
 
 VECTORS = "vectors.safetensors"
 VERSION = 1  # raised whenever the same settings would give other vectors or variants
@@ -379,7 +378,7 @@ class InversionMethod:
         scale = s.inversion_guidance if guidance_scale is None else float(guidance_scale)
         step = Step(
             "generator/inversion",
-            make=_never,
+            make=never_made,
             topics=SAMPLING,
             needs=(self.vectors_step(checkpoint),),
             roots=("model",),
@@ -413,7 +412,7 @@ class InversionMethod:
         period = len(ws.data.train)
         step = Step(
             "generator/inversion_released_variants",
-            make=_never,
+            make=never_made,
             topics=SAMPLING,
             needs=tuple(self.vectors_step(k) for k in range(1, s.inversion_checkpoints + 1)),
             roots=("model",),
@@ -531,7 +530,3 @@ class InversionMethod:
         passes = (1 if guidance_scale in (0, 1) else 2) * s.inversion_steps
         batch = s.sample_batch_size
         return {Pass(self.ws.unet_pass(), batch): passes * images, Pass("decode", batch): images}
-
-
-def _never(folder: Path, s: View) -> Mapping[str, Any]:
-    raise AssertionError("a source is no stored result")

@@ -47,6 +47,11 @@ class Source:
         return {"generator": [self.step.name, self.step.version], **self.step.inputs}
 
 
+def never_made(folder: Path, s: View) -> Mapping[str, Any]:
+    """The ``make`` of a source's step, which says what its generator depends on and is no stored result."""
+    raise AssertionError("a source is no stored result")
+
+
 def load_data(settings: Settings) -> data.ImageData:
     """The real images that the settings name. The decoded pictures of a folder are kept beside the runs' folders."""
     kept = run_path(settings, "decoded").parent
