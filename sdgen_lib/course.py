@@ -34,13 +34,15 @@ class Course:
 
     ``Course(settings)`` loads the data and checks it; the backbone is loaded when first needed. Every step does the
     missing earlier ones first, says so, and returns its result, from the run's folder where it is already there.
-    Raises ValueError where ``num_images`` are too few for the data's classes, and the errors of `Workspace`.
+    Raises ValueError where ``num_images`` or ``rescoring_images`` are too few for the data's classes, and the errors of `Workspace`.
     Attributes: ``settings``, ``workspace``, ``method`` and, of the workspace, ``data``, ``run``, ``backbone``.
     """
 
     def __init__(self, settings: Settings, ranks: Ranks = ALONE):
         self.settings, self.workspace = settings, Workspace(settings, ranks)
         cas.check_every_class_is_drawn(settings.num_images, self.data.num_classes)
+        if settings.rescored and settings.rescoring_images is not None:
+            cas.check_every_class_is_drawn(settings.rescoring_images, self.data.num_classes, "rescoring_images")
         self.method = ClassEncoderMethod(self.workspace)
 
     def __str__(self) -> str:

@@ -84,6 +84,7 @@ MICRO = dict(
     steps_max=6,
     rescored=1,  # as many as there are complete trials, whatever was pruned
     rescoring_classifiers=2,
+    rescoring_images=30,
     guidance_min=0.0,
     guidance_max=7.5,
     inversion_images=20,

@@ -374,6 +374,8 @@ def test_fewer_images_than_classes_are_refused(micro, tmp_path):
     with pytest.raises(ValueError, match=line):
         Course(micro(tmp_path, num_images=9))
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="^rescoring_images is 9 and the data has 10 classes"):
+        Course(micro(tmp_path, rescoring_images=9))
     course = Course(micro(tmp_path, num_images=10))
     assert balanced_labels(course.settings.num_images, 10).unique().tolist() == list(range(10))
 

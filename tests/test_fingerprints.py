@@ -63,6 +63,7 @@ OTHER = dict(
     incumbent_first=False,
     rescored=1,
     rescoring_classifiers=2,
+    rescoring_images=20,
     select_on="test",
     inversion_images=4,
     inversion_tokens=3,

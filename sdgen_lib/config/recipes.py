@@ -82,6 +82,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         guidance_max=3.0,
         incumbent_first=True,
         rescored=3,
+        rescoring_images=1200,
         classifier_epochs=24,
         classifier_batch_size=32,
         classifier_learning_rate=3e-3,

@@ -267,7 +267,7 @@ class Settings:
         False,
         read_by=("retune",),
         source="section 3, step 4: no point is given",
-        doc="step 4 first tries step 2's choice with the last UNet, the point of the row 'after 3'",
+        doc="step 4 first tries the point of the row 'after 3', as it is and at the smallest guidance",
     )
     rescored: int = setting(
         0,
@@ -279,6 +279,13 @@ class Settings:
     )
     rescoring_classifiers: int = setting(
         3, low=1, high=1000, read_by=("search", "retune"), doc="classifiers that score each of them"
+    )
+    rescoring_images: int | None = setting(
+        None,
+        low=1,
+        high=MANY,
+        read_by=("search", "retune"),
+        doc="images drawn anew for each of them; None: as many as for a trial",
     )
     num_images: int = setting(
         4000,

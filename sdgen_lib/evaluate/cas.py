@@ -13,11 +13,14 @@ from ..work.workspace import Source, Workspace
 from .rows import Training, row_step
 
 
-def check_every_class_is_drawn(num_images: int, num_classes: int) -> None:
-    """Raises ValueError where ``num_images`` images, uniform over the classes, would leave some class out."""
+def check_every_class_is_drawn(num_images: int, num_classes: int, setting: str = "num_images") -> None:
+    """Raises ValueError where ``num_images`` images, uniform over the classes, would leave some class out.
+
+    ``setting``: where the number comes from, for the message.
+    """
     if num_images < num_classes:
         raise ValueError(
-            f"num_images is {num_images} and the data has {num_classes} classes: give {num_classes} or more."
+            f"{setting} is {num_images} and the data has {num_classes} classes: give {num_classes} or more."
         )
 
 

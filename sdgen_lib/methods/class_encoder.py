@@ -39,7 +39,7 @@ ROWS = ("after 1", "after 2", "after 3", "after 4")  # of table 1: where the ste
 JOURNAL = "journal.log"
 ENCODER = "class_encoder."  # before the names of its parameters in a checkpoint of step 3
 TRAINING_VERSION = 2  # of steps 1 and 3: raised whenever the same settings would train otherwise
-SEARCH_VERSION = 4  # of both searches: raised whenever the same settings would score trials otherwise
+SEARCH_VERSION = 5  # of both searches: raised whenever the same settings would score trials otherwise
 SAMPLING = ("sampling", "class_encoder", "precision", "seed")  # what drawing an image reads, besides its point
 
 
@@ -496,10 +496,11 @@ class ClassEncoderMethod:
         else:
             study = self._run_trials(resume_study(journal, _study_name(step)), s, step, space, on_trial)
         if s.rescored:
+            labels = self._labels(_rescoring_images(s))
             searches.rescore(
                 study,
-                self._images_of(s, step, "rescoring"),
-                self._labels(s),
+                self._images_of(s, step, "rescoring", labels),
+                labels,
                 self.ws.data,
                 count=s.rescored,
                 select_on=s.select_on,
@@ -518,12 +519,13 @@ class ClassEncoderMethod:
         on_trial: Callable[[optuna.Study], None] | None,
         shared: bool = False,
     ) -> optuna.Study:
-        known = [space.nearest(self._incumbent())] if step.name == "4_retune" and s.incumbent_first else []
+        known = self._known(space) if step.name == "4_retune" and s.incumbent_first else []
+        labels = self._labels(s.num_images)
         return searches.search(
             study,
             space,
-            self._images_of(s, step, "trial"),
-            self._labels(s),
+            self._images_of(s, step, "trial", labels),
+            labels,
             self.ws.data,
             known=known,
             n_trials=_trials(step, s),
@@ -536,25 +538,33 @@ class ClassEncoderMethod:
             shared=shared,
         )
 
-    def _labels(self, s: View) -> torch.Tensor:
-        return balanced_labels(s.num_images, self.ws.data.num_classes)
+    def _labels(self, images: int) -> torch.Tensor:
+        return balanced_labels(images, self.ws.data.num_classes)
 
-    def _images_of(self, s: View, step: Step, set_name: str) -> Callable[[int, float, int], torch.Tensor]:
-        """Draws a trial of a search from the noise of ``set_name``."""
+    def _images_of(
+        self, s: View, step: Step, set_name: str, labels: torch.Tensor
+    ) -> Callable[[int, float, int], torch.Tensor]:
+        """Draws the images of a search's trial from the noise of ``set_name``, one for each of ``labels``."""
         best_transfer = None if step.name == "2_tune" else chosen(self.tune()).params["epoch"]
 
         def images_of(num_inference_steps: int, guidance_scale: float, epoch: int) -> torch.Tensor:
             transfer, finetune = (epoch, None) if best_transfer is None else (best_transfer, epoch)
             generator = self.generator_at(Point(num_inference_steps, guidance_scale, transfer, finetune))
             # The same noise in every trial: trials differ by their parameters alone.
-            return generator(self._labels(s), seed=s.seed, set_name=set_name)
+            return generator(labels, seed=s.seed, set_name=set_name)
 
         return images_of
 
-    def _incumbent(self) -> dict[str, float]:
-        """The point of the row before step 4, as its search names the parameters."""
+    def _known(self, space: Space) -> list[dict[str, float]]:
+        """The points that step 4 tries first: that of the row before it, and the same at the smallest guidance.
+
+        A UNet that was fine-tuned on the classes needs little guidance or none. The few images of a trial hide that:
+        guidance makes them typical, which helps most where there are few.
+        """
         before = self.point("after 3")
-        return {"IS": before.num_inference_steps, "UGS": before.guidance_scale, "epoch": before.finetune_epoch}
+        incumbent = {"IS": before.num_inference_steps, "UGS": before.guidance_scale, "epoch": before.finetune_epoch}
+        points = [space.nearest(point) for point in (incumbent, incumbent | {"UGS": space.UGS[0]})]
+        return points[:1] if points[0] == points[1] else points
 
     # --- what they cost ---
 
@@ -569,18 +579,23 @@ class ClassEncoderMethod:
 
     def _retune_work(self) -> Work:
         s = self.ws.settings
-        rescored = s.rescored + (s.incumbent_first and s.rescored > 0)  # the known point too, at most
+        rescored = s.rescored + 2 * (s.incumbent_first and s.rescored > 0)  # the known points too, at most
         return self._search_work(_retune_trials(s), self._bounded_space(), rescored)
 
     def _search_work(self, n_trials: int, space: Space, rescored: int) -> Work:
         """At the middle of the range of IS: what a search will draw is not known."""
         s = self.ws.settings
-        images = (n_trials + rescored) * s.num_images
+        images = n_trials * s.num_images + rescored * _rescoring_images(s)
         share = cost.PRUNED_SHARE if s.pruning else 1.0
-        classifier = classifier_work(s, s.num_images, self._pixels(), self.ws.data.num_classes)
-        trainings = n_trials * share + rescored * s.rescoring_classifiers
-        trained = {kind: trainings * count for kind, count in classifier.items()}
-        return total([self._sampled(sum(space.IS) / 2, 2.0, images), trained])
+        trainings = ((n_trials * share, s.num_images), (rescored * s.rescoring_classifiers, _rescoring_images(s)))
+        trained = [
+            {kind: times * count for kind, count in self._classifier_work(count_images).items()}
+            for times, count_images in trainings
+        ]
+        return total([self._sampled(sum(space.IS) / 2, 2.0, images), *trained])
+
+    def _classifier_work(self, images: int) -> Work:
+        return classifier_work(self.ws.settings, images, self._pixels(), self.ws.data.num_classes)
 
     def _drawing_work(self, row: str, images: int) -> Work:
         s, needed = self.ws.settings, {"after 4": self.retune_step()}.get(row, self.tune_step())
@@ -613,6 +628,10 @@ def _training_options(s: View) -> dict[str, Any]:
 
 def _study_name(step: Step) -> str:
     return f"step {step.name[0]}"
+
+
+def _rescoring_images(s: Settings | View) -> int:
+    return s.rescoring_images or s.num_images
 
 
 def _retune_trials(s: Settings | View) -> int:

@@ -68,7 +68,7 @@ def test_every_setting_but_the_projects_own_has_a_source():
         *("dataset", "recipe", "seed", "runs_dir", "storage", "given", "precision", "class_encoder_start", "lora_rank"),
         *("optimizer", "compile_unet", "gradient_checkpointing", "keep_unets", "sample_batch_size", "default_steps"),
         *("default_guidance", "classifier_epoch_images", "classifier_epoch_limit", "classifier_seeds"),
-        *("rescoring_classifiers", "inversion_study"),
+        *("rescoring_classifiers", "rescoring_images", "inversion_study"),
     }
     assert {name for name, field in FIELDS.items() if field.metadata["source"]} == set(FIELDS) - ours
     assert not set(RECIPES["released"]) & ours
@@ -102,11 +102,11 @@ OF_TOPICS = {
     "search_space": {"steps_min", "steps_max", "guidance_min", "guidance_max"},
     "search": {
         *("n_trials", "pruning", "select_on", "num_images", "rescored", "rescoring_classifiers"),
-        *("search_plateau_patience", "search_stop_patience"),
+        *("search_plateau_patience", "search_stop_patience", "rescoring_images"),
     },
     "retune": {
         *("n_trials", "n_trials_retune", "pruning", "select_on", "num_images"),
-        *("incumbent_first", "rescored", "rescoring_classifiers"),
+        *("incumbent_first", "rescored", "rescoring_classifiers", "rescoring_images"),
         *("search_plateau_patience", "search_stop_patience"),
     },
     "cas": {"num_images"},
