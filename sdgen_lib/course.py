@@ -21,6 +21,7 @@ from .diffusion.training import Latents
 from .evaluate import cas, scaling, sets
 from .machine.devices import default_device
 from .machine.ranks import ALONE, Ranks
+from .methods.augmented import AugmentedMethod, unclip_beside
 from .methods.class_encoder import ROWS, ClassEncoder, ClassEncoderMethod, Point
 from .methods.inversion import InversionMethod
 from .store.run import Run
@@ -34,7 +35,8 @@ class Course:
 
     ``Course(settings)`` loads the data and checks it; the backbone is loaded when first needed. Every step does the
     missing earlier ones first, says so, and returns its result, from the run's folder where it is already there.
-    Raises ValueError where ``num_images`` or ``rescoring_images`` are too few for the data's classes, and the errors of `Workspace`.
+    Raises ValueError where ``num_images`` or ``rescoring_images`` are too few for the data's classes, and the errors of
+    `Workspace`.
     Attributes: ``settings``, ``workspace``, ``method`` and, of the workspace, ``data``, ``run``, ``backbone``.
     """
 
@@ -113,6 +115,14 @@ class Course:
     def inversion(self) -> InversionMethod:
         """Diffusion Inversion of ``inversion_images`` of the training images: a run of its own, beside this one."""
         return InversionMethod(self.workspace.few(self.settings.inversion_images))
+
+    # --- augmented conditioning ---
+
+    @functools.cached_property
+    def augmented(self) -> AugmentedMethod:
+        """Augmented conditioning on ``augmented_images`` of the training images, with ``augmented_backbone``."""
+        s = self.settings
+        return AugmentedMethod(self.workspace.few(s.augmented_images).on(unclip_beside(s)))
 
     # --- images ---
 

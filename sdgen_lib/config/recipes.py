@@ -28,6 +28,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         inversion_guidance=2.0,
         inversion_unconditional="group_mean",
         inversion_partners="released",
+        augmented_protocol="released",
+        augmented_prompt="{}",
+        augmented_guidance=10.0,
     ),
     # One T4 hour: fewer images and trials; three classifiers a set, so that the tables carry a spread.
     "workshop": dict(
@@ -102,5 +105,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         inversion_schedule="cosine",
         inversion_steps=10,
         inversion_guidance=1.5,
+        augmented_images=100,
+        augmented_text="class_encoder",
+        augmented_steps=10,
     ),
 }

@@ -12,6 +12,11 @@ from typing import Any
 from .messages import printable, shown, unknown_name
 from .recipes import RECIPES
 
+AUGMENTED = tuple(
+    name + dropped
+    for name in ("random image", "mixup", "embedding mixup", "cutmix", "embedding cutmix")
+    for dropped in ("", " + dropout")
+)  # the ten conditionings of augmented conditioning
 SHARED = ("dataset", "backbone", "recipe", "seed", "runs_dir")  # the parameters every notebook declares
 MANY = 10**7  # the upper end of a count that nothing else bounds: far beyond what any run needs
 
@@ -28,6 +33,7 @@ TOPICS = {
     "sampling": "how an image is drawn, besides the point",
     "inversion": "the vectors of Diffusion Inversion and their training",
     "variants": "how Diffusion Inversion draws new images from its vectors",
+    "augmented": "how augmented conditioning draws",
     "default_point": "the point of the table row 'after 1'",
     "search_space": "what step 2 chooses from",
     "search": "the search of step 2",
@@ -468,6 +474,81 @@ class Settings:
         doc="the choice whose worth chapter 09 shows",
     )
 
+    # --- augmented conditioning (Chen et al. 2024): a class and an altered real image of it ---
+    augmented_backbone: str = setting(
+        "auto",
+        what="a name or a path",
+        read_by=("how",),
+        source="section 4: Stable Diffusion 2.1-unclip",
+        doc="an unCLIP model; auto: the tiny one beside the tiny backbone, else sd2.1-unclip",
+    )
+    augmented_images: int | None = setting(
+        None,
+        low=1,
+        high=MANY,
+        read_by=("data",),
+        source="section 4.1: all; section 4.2: 1 to 16 of each class",
+        doc="real images to draw from and to train beside, in the classes' proportions; None: all",
+    )
+    augmented_conditioning: str = setting(
+        "embedding cutmix + dropout",
+        choices=("text", "img2img", *AUGMENTED),
+        read_by=("augmented",),
+        source="section 3.2; the best of table 1",
+        doc="what is done to the real image; text: the class alone; img2img: it is where sampling starts",
+    )
+    augmented_protocol: str = setting(
+        "paper",
+        choices=("paper", "released"),
+        read_by=("augmented",),
+        source="section 3.2; released: crops, no rescaling, CutMix of embeddings has no effect",
+        doc="how the conditionings are done",
+    )
+    augmented_dropout: float = setting(
+        0.4,
+        low=0.0,
+        high=1.0,
+        read_by=("augmented",),
+        source="section 3.2",
+        doc="share of an embedding that is dropped",
+    )
+    augmented_noise_level: int = setting(
+        0, low=0, high=999, read_by=("augmented",), source="released: 0", doc="of the noise on an embedding"
+    )
+    augmented_strength: float = setting(
+        0.75,
+        low=0.0,
+        high=1.0,
+        read_by=("augmented",),
+        source="not in the paper; Real-Fake: 0.75; DA-Fusion: 0.25 to 1",
+        doc="of img2img: how much is drawn anew",
+    )
+    augmented_text: str = setting(
+        "prompt",
+        choices=("prompt", "class_encoder"),
+        read_by=("augmented",),
+        source="section 3.2: the class label",
+        doc="what tells the class; class_encoder: that of step 1, trained with the unCLIP model",
+    )
+    augmented_prompt: str = setting(
+        "a photo of {}",
+        what="a text with {} for the class",
+        read_by=("augmented",),
+        source="released: the class's name",
+        doc="with {} for the class's name",
+    )
+    augmented_steps: int = setting(
+        30, low=1, high=1000, read_by=("augmented",), source="appendix D, table 4", doc="inference steps (IS)"
+    )
+    augmented_guidance: float = setting(
+        2.0,
+        low=0.0,
+        high=1000.0,
+        read_by=("augmented",),
+        source="appendix B: best of 2, 4, 7, 10; released: 10",
+        doc="guidance (UGS)",
+    )
+
     # --- the classifier ---
     classifier_width: int = setting(
         16,
@@ -713,7 +794,7 @@ def unlike_recipe(values: Mapping[str, Any], recipe: str) -> dict[str, Any]:
 def protocol(settings: Settings, method: str = "class_encoder") -> list[dict[str, Any]]:
     """What a run follows and where it departs: a row for each setting a method's paper or its released code fixes.
 
-    ``method`` "class_encoder" (the first paper) or "inversion" (Diffusion Inversion).
+    ``method`` "class_encoder" (the first paper), "inversion" (Diffusion Inversion) or "augmented" (conditioning).
     Each row has ``setting``, ``this run``, ``paper``, ``released code`` (their values) and ``source``.
     """
     columns = {
@@ -728,12 +809,13 @@ def protocol(settings: Settings, method: str = "class_encoder") -> list[dict[str
     ]
 
 
-LISTED = {"class_encoder": "00", "inversion": "08"}  # the chapters that show `protocol`
+LISTED = {"class_encoder": "00", "inversion": "08", "augmented": "10"}  # the chapters that show `protocol`
 
 
 def method_of(name: str) -> str:
     """The method whose paper a setting comes from; what no other method alone reads is the first one's."""
-    return "inversion" if name.startswith("inversion_") else "class_encoder"
+    first = name.split("_")[0]
+    return first if first in LISTED else "class_encoder"
 
 
 def followed(settings: Settings, method: str = "class_encoder") -> str:

@@ -132,17 +132,25 @@ class Backbone:
 
     def _predict(self, unet: Callable, latents: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
         weights, more = self.unet.dtype, {}
-        if (condition.embedding is None) != (self.unet.class_embedding is None):
-            wants = "no" if self.unet.class_embedding is None else "an"
-            raise ValueError(f"The UNet of {self.name!r} wants {wants} embedding beside the context (unCLIP's do).")
-        if condition.embedding is not None:
-            more["class_labels"] = condition.embedding.to(weights)
+        if self.unet.class_embedding is not None:
+            embedding = self._no_image(len(latents)) if condition.embedding is None else condition.embedding
+            more["class_labels"] = embedding.to(latents.device, weights)
+        elif condition.embedding is not None:
+            raise ValueError(
+                f"The UNet of {self.name!r} takes no embedding beside the context: only an unCLIP model's does "
+                "(backbone='tiny-unclip' or 'sd2.1-unclip')."
+            )
         with contextlib.nullcontext() if weights == self.dtype else self.autocast():
             predicted = unet(latents.to(weights), t, encoder_hidden_states=condition.context.to(weights), **more).sample
         if self.prediction == "epsilon":
             return predicted
         alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * predicted.float() + (1 - alpha_bar).sqrt() * latents
+
+    def _no_image(self, count: int) -> torch.Tensor:
+        """What an unCLIP model is told of no image in particular: zeros, (count, 2 d)."""
+        width = self.unet.config.projection_class_embeddings_input_dim
+        return torch.zeros(count, width, device=self.device)
 
     def compile_unet(self, batch: int, tokens: int | None = None) -> None:
         """Makes `predict_compiled` pass ``batch`` latents at once, no more and no fewer, through a compiled UNet.
@@ -156,7 +164,8 @@ class Backbone:
             latents = torch.zeros(batch, *self.latent_shape, device=self.device, dtype=self.dtype)
             t = torch.zeros(batch, dtype=torch.int64, device=self.device)
             context = torch.zeros(*sizes, self.width, device=self.device, dtype=self.dtype)
-            self._fast[sizes] = compiled(self.unet, latents, t, encoder_hidden_states=context)
+            more = {} if self.unet.class_embedding is None else {"class_labels": self._no_image(batch).to(self.dtype)}
+            self._fast[sizes] = compiled(self.unet, latents, t, encoder_hidden_states=context, **more)
 
     def is_compiled_for(self, batch: int, tokens: int | None = None) -> bool:
         """Whether `compile_unet` made a UNet for such latents and contexts, for weights of the kind that are there."""

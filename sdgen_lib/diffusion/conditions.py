@@ -13,18 +13,23 @@ class Condition:
     """What B images are told in one pass.
 
     ``context`` float (B, tokens, width): what cross-attention reads. ``embedding`` float (B, d), or None: what an
-    unCLIP model adds to the embedding of the timestep (diffusers' ``class_labels``).
+    unCLIP model adds to the embedding of the timestep (diffusers' ``class_labels``). ``start`` float (B, C, H, W), or
+    None: latents that sampling starts from, made as noisy as they are at ``strength`` (0..1) of the way back from pure
+    noise (img2img). It says where to begin: the UNet is not told of it.
     """
 
     context: torch.Tensor
     embedding: torch.Tensor | None = None
+    start: torch.Tensor | None = None
+    strength: float = 1.0
 
     def __len__(self) -> int:
         return len(self.context)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Condition:
         """The condition of some of the images."""
-        return Condition(self.context[rows], None if self.embedding is None else self.embedding[rows])
+        embedding, start = (None if part is None else part[rows] for part in (self.embedding, self.start))
+        return Condition(self.context[rows], embedding, start, self.strength)
 
     def expand(self, count: int) -> Condition:
         """One image's condition (B = 1) for ``count`` images."""

@@ -13,7 +13,7 @@ from ..data import resize
 from ..machine.seeds import image_noise
 from .backbone import Backbone
 from .conditions import Condition, Conditioner, unconditional_of
-from .samplers import SAMPLERS, guided_noise, passes_per_step
+from .samplers import SAMPLERS, Start, guided_noise, passes_per_step
 
 
 def balanced_labels(num_images: int, num_classes: int) -> torch.Tensor:
@@ -51,8 +51,10 @@ def generate_latents(
         with one_context:
             return guided_noise(predict, latents, t, condition, unconditional, guidance_scale)
 
-    noise = noise.to(backbone.device)
-    return SAMPLERS[sampler](guided, noise, num_inference_steps, backbone.alphas_cumprod, callback)
+    noise, start = noise.to(backbone.device), None
+    if condition.start is not None:
+        start = Start(condition.start.to(backbone.device), condition.strength)
+    return SAMPLERS[sampler](guided, noise, num_inference_steps, backbone.alphas_cumprod, callback, start)
 
 
 @torch.no_grad()

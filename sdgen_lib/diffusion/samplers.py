@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,30 @@ def guided_noise(
     return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where img2img begins: latents of real images, float (B, C, H, W), and how far from them it may go, 0..1."""
+
+    latents: torch.Tensor
+    strength: float
+
+
+def skipped(strength: float, num_inference_steps: int) -> int:
+    """The inference steps that img2img leaves out at its start, as diffusers' pipeline counts them.
+
+    ``strength`` 1 leaves out none: the latents are all but gone in the noise; 0 leaves out all, and nothing changes.
+    Raises ValueError for a strength outside of 0..1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be from 0 to 1, not {strength!r}.")
+    return num_inference_steps - min(int(num_inference_steps * strength), num_inference_steps)
+
+
+def noisy(latents: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, for an ``alpha_bar`` that is the same for all."""
+    return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+
+
 def passes_per_step(guidance_scale: float) -> int:
     """How many times `guided_noise` passes each image through the UNet: 1 where one half has no weight, else 2."""
     return 1 if guidance_scale in (0, 1) else 2
@@ -67,14 +92,18 @@ def ddim(
     num_inference_steps: int,
     alphas_cumprod: torch.Tensor,
     callback: Callback | None = None,
+    start: Start | None = None,
 ) -> torch.Tensor:
     """Deterministic DDIM (Song et al. 2021, eq. 12 with eta 0) as the paper's released code runs it.
 
-    Each step goes to the *next timestep of the list*, however uneven, and the last one to alpha_bar = 1.
+    ``start``: latents to begin from, and a strength; see `skipped`. Each step goes to the *next timestep of the list*, however uneven, and the last one to alpha_bar = 1.
     ``guided(latents, t)`` -> eps. ``callback(step, latents, predicted x_0)`` sees every step. Returns x_0.
     """
-    latents = noise
     timesteps = inference_timesteps(num_inference_steps, len(alphas_cumprod)).tolist()
+    latents = noise
+    if start is not None:
+        timesteps = timesteps[skipped(start.strength, num_inference_steps) :]
+        latents = noisy(start.latents, noise, alphas_cumprod[timesteps[0]]) if timesteps else start.latents
     for i, t in enumerate(timesteps):
         alpha_bar = alphas_cumprod[t]
         is_last = i + 1 == len(timesteps)
@@ -93,6 +122,7 @@ def dpm_solver(
     num_inference_steps: int,
     alphas_cumprod: torch.Tensor,
     callback: Callback | None = None,
+    start: Start | None = None,
 ) -> torch.Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022) by diffusers' scheduler; arguments and result as `ddim`.
 
@@ -108,8 +138,13 @@ def dpm_solver(
         scheduler.set_timesteps(num_inference_steps)
     else:  # of n + 1 there would be one twice, and a step of length 0: not a number
         scheduler.set_timesteps(timesteps=visited.tolist())
-    latents = noise * scheduler.init_noise_sigma
-    for i, t in enumerate(scheduler.timesteps):
+    latents, timesteps = noise * scheduler.init_noise_sigma, scheduler.timesteps
+    if start is not None:
+        first = skipped(start.strength, num_inference_steps)
+        timesteps = timesteps[first:]
+        scheduler.set_begin_index(first)
+        latents = noisy(start.latents, noise, alphas_cumprod[int(timesteps[0])]) if len(timesteps) else start.latents
+    for i, t in enumerate(timesteps):
         eps = guided(latents, int(t))
         alpha_bar = alphas_cumprod[int(t)]
         predicted_x0 = (latents - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()

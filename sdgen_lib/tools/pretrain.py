@@ -18,7 +18,7 @@ import csv
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..diffusion.weights import TINY
 from ..machine.devices import as_device, autocast, default_device
 from . import source_images
 
@@ -107,13 +108,26 @@ class Steps:
 
     ``ema``: copies of ``modules`` whose weights are an exponential moving average with decay
     min(``ema_decay``, n / (n + 10)) at step n, so that the random start is soon forgotten.
+    ``faster``: learning rates of their own, by the ``id`` of a parameter.
     """
 
-    def __init__(self, modules: Sequence[torch.nn.Module], total: int, lr: float, ema_decay: float = 0.999):
+    def __init__(
+        self,
+        modules: Sequence[torch.nn.Module],
+        total: int,
+        lr: float,
+        ema_decay: float = 0.999,
+        faster: Mapping[int, float] = {},
+    ):
         self.modules, self.total, self.decay, self.step = modules, total, ema_decay, 0
         self.parameters = [p for m in modules for p in m.parameters()]
         self.ema = [copy.deepcopy(m).requires_grad_(False).eval() for m in modules]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-4, fused=True)
+        rates = [faster.get(id(p), lr) for p in self.parameters]
+        groups = [
+            {"params": [p for p, own in zip(self.parameters, rates) if own == rate], "lr": rate}
+            for rate in dict.fromkeys(rates)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=1e-4, fused=True)
         rates, warmup = torch.optim.lr_scheduler, min(200, total // 10 + 1)
         rising = rates.LinearLR(self.optimizer, 0.05, total_iters=warmup)
         falling = rates.CosineAnnealingLR(self.optimizer, max(1, total - warmup))
@@ -326,6 +340,11 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without-digits", action="store_true", help="leave the digits 0..9 out of the source domain")
+    parser.add_argument(
+        "--unclip", action="store_true", help="make an unCLIP model from a finished one, which also takes an image"
+    )
+    parser.add_argument("--base", type=_folder, default=TINY, help="that one's folder; the shipped tiny model")
+    parser.add_argument("--encoder-steps", type=int, default=1200, help="of the image encoder of --unclip")
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     options = parser.parse_args(argv)
     try:
@@ -357,6 +376,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(o.seed)
     source = Source(torch.Generator().manual_seed(o.seed), o.batch_size, not o.without_digits, o.device)
     log = log_into(o.out / "training_log.csv")
+    if o.unclip:
+        from . import pretrain_unclip  # here: it imports this module
+
+        pretrain_unclip.make(o.base, o.out, o.encoder_steps, o.unet_steps, source, log)
+        return
     tokenizer = build_tokenizer(o.out / "tokenizer", source.with_digits)
     vae, unet, text_encoder = (module.to(o.device) for module in build_models(tokenizer))
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=True, steps_offset=1)

@@ -90,6 +90,12 @@ class Workspace:
         other.__dict__["backbone"] = self.backbone  # the model is loaded once
         return other
 
+    def on(self, backbone: str) -> Workspace:
+        """The same data with another backbone: a run of its own, beside this one."""
+        if backbone == self.settings.backbone:
+            return self
+        return Workspace(dataclasses.replace(self.settings, backbone=backbone), self.ranks, self.data)
+
     def varied(self, **changes: Any) -> Workspace:
         """The same data, model and folder with some settings changed; what does not read these is shared.
 
