@@ -11,6 +11,7 @@ from sdgen_lib.config.settings import FIELDS, Settings
 from sdgen_lib.course import ROWS, Course
 from sdgen_lib.diffusion.weights import TINY
 from sdgen_lib.evaluate import cas, scaling, sets
+from sdgen_lib.methods.augmented import AugmentedMethod
 from sdgen_lib.methods.inversion import InversionMethod
 from sdgen_lib.store.run import Run
 from sdgen_lib.work.workspace import Workspace
@@ -85,6 +86,20 @@ OTHER = dict(
     inversion_interpolation=0.3,
     inversion_partners="released",
     inversion_study="noise",
+    augmented_backbone="tiny",
+    augmented_images=4,
+    augmented_conditioning="cutmix",
+    augmented_protocol="released",
+    augmented_dropout=0.2,
+    augmented_noise_level=5,
+    augmented_strength=0.5,
+    augmented_text="prompt",
+    augmented_prompt="{}",
+    augmented_steps=1,
+    augmented_guidance=3.0,
+    augmented_tail_factor=10.0,
+    augmented_tail_largest=3,
+    augmented_study="shots",
     classifier_width=5,
     classifier_shortcut="max_pool",
     classifier_epochs=3,
@@ -114,13 +129,15 @@ def results(course: Course) -> dict:
     inversion = InversionMethod(ws)
     steps += [inversion.group_step(0), inversion.vectors_step(1)]
     steps += [sets.block_step(ws, inversion.source(1), 1)]
+    steps += [sets.block_step(ws, AugmentedMethod(ws.on("tiny-unclip")).source("mixup"), 1)]
     return {name_of(step): step for step in steps}
 
 
 def name_of(step) -> str:
     """A step's name; that of a block of the other method's images says so."""
     inverted = any(need.name.startswith("inversion/") for need in step.needs)
-    return f"{step.name} of inversion" if inverted else step.name
+    augmented = "conditioning" in step.inputs
+    return step.name + (" of inversion" if inverted else " of augmented" if augmented else "")
 
 
 def upstream(step) -> set[str]:
@@ -182,7 +199,12 @@ def read(small, tmp_path_factory):
 
 
 HOW = {"runs_dir", "storage", "recipe", "given", "sample_batch_size", "compile_unet", "gradient_checkpointing"}
-HOW |= {"keep_unets", "inversion_study"}  # say how a result is made, and change at most its rounding
+HOW |= {
+    "keep_unets",
+    "inversion_study",
+    "augmented_study",
+    "augmented_backbone",
+}  # say how a result is made, and change at most its rounding
 
 
 def test_every_setting_is_tried():

@@ -7,7 +7,7 @@ import copy
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,7 @@ class _Optimisation:
         *,
         learning_rate: float,
         label_smoothing: float,
+        class_prior: Sequence[float] | None,
         seed: int,
         device: str,
     ):
@@ -76,6 +77,7 @@ class _Optimisation:
         self.labels, self.weights = labels.to(device), None if weights is None else weights.to(device)
         self.model, self.num_classes, self.augmentation = model, num_classes, augmentation
         self.label_smoothing = label_smoothing
+        self.log_prior = None if class_prior is None else torch.tensor(class_prior, device=device).log()
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
         self.own_numbers = _Stream(derived(seed, "classifier's steps"), device) if augmentation or model.draws else None
 
@@ -98,19 +100,26 @@ class _Optimisation:
         images, labels, weights = self.batch(rows)
         with self.own_numbers() if self.model.draws else contextlib.nullcontext():
             logits = self.model(images)
-        loss = cross_entropy(logits, labels, weights, self.label_smoothing)
+        loss = cross_entropy(logits, labels, weights, self.label_smoothing, self.log_prior)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
 
 
 def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, label_smoothing: float
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None,
+    label_smoothing: float,
+    log_prior: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mean cross entropy of a batch, weighted by ``weights``, float (B,), if there are any.
 
-    ``logits`` float (B, C), ``labels`` int64 (B,) or probabilities (B, C).
+    ``logits`` float (B, C), ``labels`` int64 (B,) or probabilities (B, C). ``log_prior`` float (C,): balanced softmax
+    (Ren et al. 2020), which adds the logarithms of the classes' shares to the logits, in training alone.
     """
+    if log_prior is not None:
+        logits = logits + log_prior
     if weights is None:
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
@@ -195,6 +204,7 @@ def train_classifier(
     epoch_limit: int | None = None,
     learning_rate: float = 1e-3,
     label_smoothing: float = 0.1,
+    class_prior: Sequence[float] | None = None,
     plateau_patience: int = 10,
     stop_patience: int = 25,
     seed: int = 0,
@@ -213,6 +223,7 @@ def train_classifier(
         epochs: at most so many.
         steps: instead of ``epochs``, exactly so many steps of the optimiser, without early stopping. The validation
             accuracy is measured at the end of each epoch and after the last step.
+        class_prior: the share of each class, all above 0, for a balanced softmax (see `cross_entropy`).
         plateau_patience: after so many epochs without a better one the learning rate is a tenth, but at least 1e-5.
         stop_patience: after so many epochs without a better one the training ends.
         epoch_images: an epoch sees every image; those of a set smaller than this several times, so that small sets
@@ -233,6 +244,10 @@ def train_classifier(
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}; it must be a whole number from 1, or None.")
+    if class_prior is not None and (len(class_prior) != num_classes or not min(class_prior) > 0):
+        raise ValueError(
+            f"class_prior is {class_prior}; it must have a share above 0 for each of {num_classes} classes."
+        )
     mixture = training if isinstance(training, Mixture) else Mixture((training,))
     augment = Augmentation(augmentation, tuple(mixture.parts[0].images.shape[-2:]))
     options = {"width": width, "shortcut": shortcut} if network == "resnet20" else {}
@@ -249,6 +264,7 @@ def train_classifier(
         augment,
         learning_rate=learning_rate,
         label_smoothing=label_smoothing,
+        class_prior=class_prior,
         seed=seed,
         device=device,
     )

@@ -549,6 +549,29 @@ class Settings:
         doc="guidance (UGS)",
     )
 
+    augmented_tail_factor: float = setting(
+        100.0,
+        low=1.0,
+        high=1e6,
+        read_by=("data",),
+        source="section 4.1: ImageNet-LT, 1280 to 5 images",
+        doc="of chapter 11's long tail: the largest class beside the smallest",
+    )
+    augmented_tail_largest: int | None = setting(
+        None,
+        low=1,
+        high=MANY,
+        read_by=("data",),
+        source="section 4.1: 1280",
+        doc="images of its largest class; None: all",
+    )
+    augmented_study: str = setting(
+        "conditionings",
+        choices=("conditionings", "guidance", "dropout", "strength", "shots"),
+        read_by=("how",),
+        doc="the choice whose worth chapter 11 shows",
+    )
+
     # --- the classifier ---
     classifier_width: int = setting(
         16,

@@ -96,7 +96,8 @@ def ddim(
 ) -> torch.Tensor:
     """Deterministic DDIM (Song et al. 2021, eq. 12 with eta 0) as the paper's released code runs it.
 
-    ``start``: latents to begin from, and a strength; see `skipped`. Each step goes to the *next timestep of the list*, however uneven, and the last one to alpha_bar = 1.
+    Each step goes to the *next timestep of the list*, however uneven, and the last one to alpha_bar = 1. With a
+    ``start`` the first steps are left out, see `skipped`.
     ``guided(latents, t)`` -> eps. ``callback(step, latents, predicted x_0)`` sees every step. Returns x_0.
     """
     timesteps = inference_timesteps(num_inference_steps, len(alphas_cumprod)).tolist()

@@ -38,11 +38,11 @@ class ImageEncoder:
     @torch.no_grad()
     def embeddings(self, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
         """uint8 images (N, 3, h, w), any size -> float32 embeddings (N, d), on the device."""
-        found = []
-        for part in images.split(batch_size):
+        found = [torch.empty(0, self.width, device=self.device)]
+        for part in images.split(batch_size) if len(images) else ():
             pixels = self.processor(images=list(part), return_tensors="pt", input_data_format="channels_first")
             found.append(self.encoder(pixels.pixel_values.to(self.device)).image_embeds.float())
-        return torch.cat(found) if found else torch.empty(0, self.width, device=self.device)
+        return torch.cat(found)
 
     def told(self, embeddings: torch.Tensor, noise_level: int | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """What the UNet is told: noisy embeddings, and beside them the level of noise. (N, d) -> float32 (N, 2 d).

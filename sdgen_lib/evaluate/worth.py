@@ -30,8 +30,13 @@ def equal_steps(ws: Workspace, multiple: int) -> dict[str, int]:
 
     "steps" of the optimiser, and an epoch's images, after which the validation images are looked at.
     """
-    s, n = ws.settings, len(ws.data.train)
-    images = max(multiple * n, s.classifier_epoch_images)
+    return steps_for(ws, multiple * len(ws.data.train))
+
+
+def steps_for(ws: Workspace, images: int) -> dict[str, int]:
+    """As `equal_steps`, for a largest set of so many images."""
+    s = ws.settings
+    images = max(images, s.classifier_epoch_images)
     images = min(images, s.classifier_epoch_limit or images)
     steps = s.classifier_epochs * math.ceil(images / s.classifier_batch_size)
     return {"steps": steps, "epoch_images": images, "epoch_limit": images}

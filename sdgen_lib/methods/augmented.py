@@ -20,6 +20,7 @@ from ..config.settings import Settings, View
 from ..data import Split
 from ..diffusion.conditions import Condition, ContextTable
 from ..diffusion.generator import LatentGenerator
+from ..diffusion.samplers import passes_per_step, skipped
 from ..diffusion.unclip import ImageEncoder, load_image_encoder
 from ..diffusion.weights import UNCLIP_BESIDE
 from ..machine.passes import Pass, Work
@@ -290,13 +291,12 @@ class AugmentedMethod:
     def classes(self, s: View) -> ContextTable:
         """What tells the model the class: a prompt, or the Class-Encoder of step 1, trained with this backbone."""
         ws = self.ws
-        with torch.no_grad():
-            empty = ws.backbone.text_context([""])[0]
-            if s.augmented_text == "prompt":
-                prompts = [s.augmented_prompt.replace("{}", name) for name in ws.data.class_names]
-                return ContextTable(ws.backbone.text_context(prompts), empty)
-            encoder = self._class_encoder().class_encoder(ws.settings.transfer_epochs)
-            return ContextTable(encoder.contexts(), encoder.unconditional(s.unconditional, empty))
+        empty = ws.backbone.text_context([""])[0]
+        if s.augmented_text == "prompt":
+            prompts = [s.augmented_prompt.replace("{}", name) for name in ws.data.class_names]
+            return ContextTable(ws.backbone.text_context(prompts), empty)
+        encoder = self._class_encoder().class_encoder(ws.settings.transfer_epochs)
+        return encoder.conditioner(s.unconditional, empty).table()
 
     def conditioner(
         self, conditioning: str | None = None, *, dropout: float | None = None, real: Split | None = None
@@ -356,7 +356,7 @@ class AugmentedMethod:
             step,
             build=lambda: self._generator(name, scale, ws.run.fingerprint(step)),
             point=lambda: point,
-            passes=lambda images: self._drawing_work(scale, images),
+            passes=lambda images: self._drawing_work(name, scale, images),
             facts={"conditioning": name},
         )
 
@@ -385,9 +385,10 @@ class AugmentedMethod:
             fingerprint=fingerprint,
         )
 
-    def _drawing_work(self, guidance_scale: float, images: int) -> Work:
+    def _drawing_work(self, conditioning: str, guidance_scale: float, images: int) -> Work:
         s = self.ws.settings
-        passes, batch = (1 if guidance_scale in (0, 1) else 2) * s.augmented_steps, s.sample_batch_size
+        left_out = skipped(s.augmented_strength, s.augmented_steps) if conditioning == STARTS else 0
+        passes, batch = passes_per_step(guidance_scale) * (s.augmented_steps - left_out), s.sample_batch_size
         return {Pass(self.ws.unet_pass(), batch): passes * images, Pass("decode", batch): images}
 
 

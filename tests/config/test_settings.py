@@ -68,7 +68,7 @@ def test_every_setting_but_the_projects_own_has_a_source():
         *("dataset", "recipe", "seed", "runs_dir", "storage", "given", "precision", "class_encoder_start", "lora_rank"),
         *("optimizer", "compile_unet", "gradient_checkpointing", "keep_unets", "sample_batch_size", "default_steps"),
         *("default_guidance", "classifier_epoch_images", "classifier_epoch_limit", "classifier_seeds"),
-        *("rescoring_classifiers", "rescoring_images", "inversion_study"),
+        *("rescoring_classifiers", "rescoring_images", "inversion_study", "augmented_study"),
     }
     assert {name for name, field in FIELDS.items() if field.metadata["source"]} == set(FIELDS) - ours
     assert not set(RECIPES["released"]) & ours
@@ -77,7 +77,10 @@ def test_every_setting_but_the_projects_own_has_a_source():
 # --- topics and views ---
 
 OF_TOPICS = {
-    "data": {"dataset", "image_size", "inversion_images"},
+    "data": {
+        *("dataset", "image_size", "inversion_images"),
+        *("augmented_images", "augmented_tail_factor", "augmented_tail_largest"),
+    },
     "model": {"backbone"},
     "precision": {"precision"},
     "seed": {"seed"},
@@ -97,6 +100,10 @@ OF_TOPICS = {
     "variants": {
         *("inversion_steps", "inversion_guidance", "inversion_unconditional", "inversion_noise"),
         *("inversion_noise_unit", "inversion_interpolation", "inversion_partners"),
+    },
+    "augmented": {
+        *("augmented_conditioning", "augmented_protocol", "augmented_dropout", "augmented_noise_level"),
+        *("augmented_strength", "augmented_text", "augmented_prompt", "augmented_steps", "augmented_guidance"),
     },
     "default_point": {"default_steps", "default_guidance"},
     "search_space": {"steps_min", "steps_max", "guidance_min", "guidance_max"},

@@ -80,7 +80,7 @@ def test_passes_of_a_search(finished, name):
     least = most if name == "2_tune" else 2 * (3 * 40 + 50) + (40 + 50)
     assert real * 0.9 <= of_step(finished, name)["unet"] <= real * 1.1 * most / least
     assert finished.work[name]["trained"] == 0
-    most = (4 * 40 + 2 * again * 50) * 3  # every epoch of every trial, of which pruning spares some, and of two to score
+    most = (4 * 40 + 2 * again * 50) * 3  # every epoch of every trial, of which pruning spares some
     assert finished.work[name]["classifier"] <= most
     assert most / 3 <= of_step(finished, name)["classifier"] <= most
 
