@@ -10,22 +10,24 @@ PARAMETERS = $(if $(DATASET),-p dataset "$$DATASET") $(if $(BACKBONE),-p backbon
 RUNS      = $(or $(RUNS_DIR),runs)
 course:    NOTEBOOKS = $(sort $(wildcard notebooks/0[0-7]_*.ipynb))
 inversion: NOTEBOOKS = $(sort $(wildcard notebooks/0[89]_*.ipynb))
+augmented: NOTEBOOKS = $(sort $(wildcard notebooks/1[01]_*.ipynb))
 
 # The environment's own kernel runs the notebooks, even where the user has another one called python3.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help course inversion test lint lab clean
+.PHONY: help course inversion augmented test lint lab clean
 
 help:
 	@echo "make course  run notebooks 00 to 07 and print the tables; DATASET, BACKBONE, RECIPE, SEED, RUNS_DIR to choose"
 	@echo "make inversion  run notebooks 08 and 09 (Diffusion Inversion); the same to choose"
+	@echo "make augmented  run notebooks 10 and 11 (augmented conditioning); the same to choose"
 	@echo "make test    run every test"
 	@echo "make lab     open the notebooks in JupyterLab"
 	@echo "make lint    check the code and its format with ruff"
 	@echo "make clean   remove caches and build products; keeps runs/ and the environment"
 	@echo "Each installs what it needs into $(VENV) first (VENV=... for another place)."
 
-course inversion: $(VENV)/.installed
+course inversion augmented: $(VENV)/.installed
 	@mkdir -p "$(RUNS)/executed"
 	@for notebook in $(NOTEBOOKS); do \
 		executed="$(RUNS)/executed/$$(basename $$notebook)"; \

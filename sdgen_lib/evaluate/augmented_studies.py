@@ -164,7 +164,7 @@ class Study:
 
 def studies(method: AugmentedMethod) -> dict[str, Study]:
     """The studies by name, for a run's sizes."""
-    ws, s = method.ws, method.ws.settings
+    ws = method.ws
     most = len(ws.data.train) // ws.data.num_classes
     told = ("text", "random image", "random image + dropout", "embedding cutmix", "embedding cutmix + dropout")
     return {

@@ -12,7 +12,12 @@ from ..config.messages import unknown_name
 from . import figures
 
 # The first part is one of these, and this is what it takes.
-ENCODERS = {"Class-Encoder": "class\nlabel", "text encoder": "caption", "image vectors": "training\nimage"}
+ENCODERS = {
+    "Class-Encoder": "class\nlabel",
+    "text encoder": "caption",
+    "image vectors": "training\nimage",
+    "image encoder": "class and\nimage",
+}
 PARTS = (*ENCODERS, "UNet", "VAE", "ResNet20")
 FLOW = ("context", "latents", "images")  # what goes from one part to the next
 FILL = {"frozen": "#EEEEEE", "trained": figures.ORANGE, "to come": "white"}  # the word is in the box too

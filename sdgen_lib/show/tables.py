@@ -14,6 +14,7 @@ from scipy.special import stdtrit  # Student's quantile; scikit-learn brings sci
 from ..config import paper
 from ..config.settings import resolve
 from ..course import Course
+from ..data.tails import per_group
 from ..evaluate.scaling import REAL, scaling_work
 from ..methods.class_encoder import ClassEncoderMethod
 from ..work import cost
@@ -97,6 +98,26 @@ def worth_table(rows: Rows, beside: str | None = "real") -> pd.DataFrame:
             mean, low, high, verdict = compared(row["test"], rows[beside]["test"])
             within = "" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
             shown[f"minus {beside}"] = "" if name == beside else f"{mean:+.1f}{within}: {verdict}"
+        table[name] = shown
+    return pd.DataFrame.from_dict(table, orient="index")
+
+
+def tail_table(rows: Rows, counts: Sequence[int]) -> pd.DataFrame:
+    """Rows of a long tail: balanced accuracies in percent, of all classes and of those of many, medium and few images.
+
+    ``counts``: the real images of each class, see `data.tails.groups`. Differences to "real", if there is that row, are
+    of balanced accuracy, paired by classifier seeds; see `compared`. Empty without rows.
+    """
+    table = {}
+    for name, row in rows.items():
+        shown = {f"balanced %, {OVER_CLASSIFIERS}": percent(row["balanced_test"])}
+        for group, values in per_group(row["per_class"], counts).items():
+            shown[f"{group} %"] = "" if np.isnan(values).all() else f"{100 * np.nanmean(values):.1f}"
+        shown |= {"images": row["num_images"], "steps": row["steps"][0]}
+        if "real" in rows:
+            mean, low, high, verdict = compared(row["balanced_test"], rows["real"]["balanced_test"])
+            within = "" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
+            shown["minus real"] = "" if name == "real" else f"{mean:+.1f}{within}: {verdict}"
         table[name] = shown
     return pd.DataFrame.from_dict(table, orient="index")
 

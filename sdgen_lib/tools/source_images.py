@@ -140,7 +140,7 @@ def _leaves(n: int, generator: torch.Generator, discs: int = 40) -> torch.Tensor
 
 
 def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pictures as the real world might hand them over: turned, bent, thicker or thinner, faint, coarse and noisy.
+    """Pictures as the real world might hand them over: turned, bent, thicker or thinner, coarse and noisy.
 
     For an encoder that is to see what a picture shows and not how. uint8 (n, 3, 32, 32) -> same.
     """
@@ -149,22 +149,20 @@ def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     def some(share: float) -> torch.Tensor:
         return (torch.rand(n, generator=generator) < share).view(n, 1, 1, 1)
 
-    angle, shear = _uniform(n, -0.3, 0.3, generator), _uniform(n, -0.3, 0.3, generator)
-    height, width = _uniform(n, 0.75, 1.25, generator), _uniform(n, 0.75, 1.25, generator)
-    shift = torch.randn(n, 2, generator=generator) * 0.08
+    angle, shear = _uniform(n, -0.15, 0.15, generator), _uniform(n, -0.15, 0.15, generator)
+    height, width = _uniform(n, 0.85, 1.15, generator), _uniform(n, 0.85, 1.15, generator)
+    shift = torch.randn(n, 2, generator=generator) * 0.05
     cos, sin = angle.cos(), angle.sin()
     across = torch.stack([cos * width, (shear * cos - sin) * height, shift[:, 0]], 1)
     down = torch.stack([sin * width, (shear * sin + cos) * height, shift[:, 1]], 1)
     grid = F.affine_grid(torch.stack([across, down], 1), (n, 1, SIZE, SIZE), align_corners=False)
-    elastic = torch.randn(n, 2, 4, 4, generator=generator) * _uniform(n, 0.0, 0.15, generator).view(n, 1, 1, 1)
+    elastic = torch.randn(n, 2, 4, 4, generator=generator) * _uniform(n, 0.0, 0.1, generator).view(n, 1, 1, 1)
     elastic = F.interpolate(elastic, size=SIZE, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     bent = F.grid_sample(pictures, grid + elastic, align_corners=False, padding_mode="border")
-    pictures = torch.where(some(0.8), bent, pictures)
-    pictures = torch.where(some(0.15), F.max_pool2d(pictures, 3, 1, 1), pictures)  # thicker where it is bright,
-    pictures = torch.where(some(0.15), -F.max_pool2d(-pictures, 3, 1, 1), pictures)  # or thinner
+    pictures = torch.where(some(0.5), bent, pictures)
+    pictures = torch.where(some(0.1), F.max_pool2d(pictures, 3, 1, 1), pictures)  # thicker where it is bright,
+    pictures = torch.where(some(0.1), -F.max_pool2d(-pictures, 3, 1, 1), pictures)  # or thinner
     pictures = torch.where(some(0.5), _soften(pictures, generator), pictures)
-    contrast, brightness = _uniform(n, 0.6, 1.2, generator), torch.randn(n, generator=generator) * 0.05
-    pictures = (pictures - 0.5) * contrast.view(n, 1, 1, 1) + 0.5 + brightness.view(n, 1, 1, 1)
     pictures += torch.randn(pictures.shape, generator=generator) * _uniform(n, 0.0, 0.15, generator).view(n, 1, 1, 1)
     return (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
 

@@ -127,7 +127,7 @@ OF_TOPICS = {
     "larger_sets": {"larger_sets", "max_multiple"},
     "how": {
         *("runs_dir", "storage", "recipe", "sample_batch_size", "compile_unet", "gradient_checkpointing"),
-        *("keep_unets", "given", "inversion_study"),
+        *("keep_unets", "given", "inversion_study", "augmented_study", "augmented_backbone"),
     },
 }
 
@@ -377,6 +377,9 @@ def test_the_released_recipe_is_what_the_authors_code_does():
         inversion_guidance=2.0,
         inversion_unconditional="group_mean",
         inversion_partners="released",
+        augmented_protocol="released",
+        augmented_prompt="{}",
+        augmented_guidance=10.0,
     )
     assert {name: getattr(s, name) for name in expected} == expected
     same = set(FIELDS) - set(expected) - {"recipe"}
