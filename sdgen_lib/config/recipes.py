@@ -108,6 +108,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         augmented_images=50,
         augmented_text="class_encoder",
         augmented_steps=10,
-        augmented_tail_largest=100,
+        augmented_tail_largest=60,
     ),
 }

@@ -149,7 +149,7 @@ def tail_rows(method: AugmentedMethod, rows: Mapping[str, Row] | None = None, dr
 
 # --- one choice at a time ---
 
-GENERATED, BOTH, ALL = ("generated",), ("both",), ("real", "generated", "both")
+GENERATED, ALL = ("generated",), ("real", "generated", "both")
 SHOTS = (1, 2, 4, 8, 16)
 
 
@@ -166,9 +166,11 @@ def studies(method: AugmentedMethod) -> dict[str, Study]:
     """The studies by name, for a run's sizes."""
     ws = method.ws
     most = len(ws.data.train) // ws.data.num_classes
-    told = ("text", "random image", "random image + dropout", "embedding cutmix", "embedding cutmix + dropout")
+    told = ("text", "random image", "random image + dropout", "embedding cutmix + dropout")
     return {
-        "conditionings": Study("what is done to the image (table 1)", ALL, {n: {"conditioning": n} for n in told}),
+        "conditionings": Study(
+            "what is done to the image (table 1)", GENERATED, {n: {"conditioning": n} for n in told}
+        ),
         "guidance": Study(
             "UGS (table 3)", GENERATED, {f"{v:g}": {"guidance_scale": v} for v in (1.0, 2.0, 4.0, 7.0, 10.0)}
         ),
