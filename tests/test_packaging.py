@@ -114,14 +114,14 @@ def test_constraints_name_nothing_else():
     assert not any(r.url or r.extras or r.marker or "+" in str(r.specifier) for r in TESTED.values())
 
 
-def test_a_wheel_would_hold_every_module_and_the_tiny_model():
+def test_a_wheel_would_hold_every_module_and_the_tiny_models():
     setuptools = PROJECT["tool"]["setuptools"]
     assert setuptools["packages"]["find"].pop("namespaces") is False
     packages = find_packages(str(ROOT), **setuptools["packages"]["find"])
     with_code = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")}
     assert set(packages) == with_code  # none of tests/, and no folder that lacks its __init__.py
-    (pattern,) = setuptools["package-data"]["sdgen_lib"]
-    data = {path for path in PACKAGE.glob(pattern) if path.is_file()}
+    patterns = setuptools["package-data"]["sdgen_lib"]
+    data = {path for pattern in patterns for path in PACKAGE.glob(pattern) if path.is_file()}
     assert data == {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert any(path.suffix == ".safetensors" for path in data)
 

@@ -25,7 +25,7 @@ from transformers import CLIPVisionModelWithProjection as Encoder
 from ..diffusion.unclip import NOISING, ImageEncoder
 from ..machine.devices import autocast
 from . import source_images
-from .pretrain import Frozen, Log, Source, Steps, sample_timesteps, to_unit
+from .pretraining import Frozen, Log, Source, Steps, sample_timesteps, to_unit
 
 EMBEDDING = 128  # numbers of an image's embedding
 TEXT_DROPPED, IMAGE_DROPPED = 0.5, 0.1  # at a tenth for the text, too, the image was hardly used

@@ -7,11 +7,24 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 
 from sdgen_lib.diffusion.conditions import Condition
 from sdgen_lib.diffusion.generate import generate_latents
-from sdgen_lib.diffusion.samplers import SAMPLERS, ddim, guided_noise, inference_timesteps, passes_per_step
+from sdgen_lib.diffusion.samplers import (
+    SAMPLERS,
+    Start,
+    ddim,
+    guided_noise,
+    inference_timesteps,
+    passes_per_step,
+    skipped,
+)
 
 # Stable Diffusion's schedule, in numpy: scaled-linear betas 0.00085..0.012.
 ALPHAS = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
@@ -208,3 +221,44 @@ def test_dpm_solver_is_the_pipelines(tiny):
     ours, theirs = both(tiny, scheduler, "dpm-solver++", 12)
     assert theirs.std() > 5
     assert np.abs(ours - theirs).max() <= 1
+
+
+# --- starting from an image ---
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 10), (0.75, 10), (0.5, 7), (0.25, 30), (0.1, 5), (0.0, 4)])
+def test_img2img_leaves_out_as_many_steps_as_diffusers_pipeline(tiny, strength, steps):
+    networks = dict(vae=tiny.vae, unet=tiny.unet, text_encoder=tiny.text_encoder, tokenizer=tiny.tokenizer)
+    unused = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    scheduler = DDIMScheduler(timestep_spacing="linspace", **BETAS)
+    pipeline = StableDiffusionImg2ImgPipeline(scheduler=scheduler, **networks, **unused)
+    scheduler.set_timesteps(steps)
+    timesteps, _ = pipeline.get_timesteps(steps, strength, "cpu")
+    assert skipped(strength, steps) == steps - len(timesteps)
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_img2img_starts_at_a_noisy_image(name):
+    """The first latents are x_t of the start at the first timestep that is left; the list goes on as it would."""
+    alphas, seen, noise, start = torch.from_numpy(ALPHAS), [], torch.randn(2, 1, 2, 2).double(), torch.ones(2, 1, 2, 2)
+    whole = []
+    SAMPLERS[name](lambda x, t: whole.append(t) or torch.zeros_like(x), noise, 8, alphas)
+
+    def guided(latents, t):
+        seen.append((t, latents.clone()))
+        return torch.zeros_like(latents)
+
+    SAMPLERS[name](guided, noise, 8, alphas, None, Start(start.double(), 0.5))
+    assert [t for t, _ in seen] == whole[4:]
+    t, first = seen[0]
+    torch.testing.assert_close(
+        first, math.sqrt(ALPHAS[t]) * start + math.sqrt(1 - ALPHAS[t]) * noise, check_dtype=False
+    )
+    unchanged = SAMPLERS[name](guided, noise, 8, alphas, None, Start(start.double(), 0.0))
+    assert torch.equal(unchanged, start.double())
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
+def test_a_strength_outside_of_0_to_1_is_refused(strength):
+    with pytest.raises(ValueError, match="strength must be from 0 to 1, not"):
+        skipped(strength, 10)

@@ -5,11 +5,11 @@ import types
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableUnCLIPImg2ImgPipeline
 from transformers import CLIPTokenizer
 
 from sdgen_lib.diffusion import backbone, weights
-from sdgen_lib.tools import pretrain, source_images
+from sdgen_lib.tools import pretrain, pretrain_unclip, source_images
 
 
 def captions(with_digits=True):
@@ -167,3 +167,51 @@ def test_a_folder_without_a_name_is_refused(name, capsys):
     with pytest.raises(SystemExit):
         pretrain.main(["--out", name])
     assert "argument --out: it is empty: name a folder" in capsys.readouterr().err
+
+
+# --- the unCLIP model ---
+
+
+def test_the_unclip_recipe_runs_end_to_end_and_opens_as_diffusers_pipeline(tmp_path):
+    sizes = ["--encoder-steps", "2", "--unet-steps", "2", "--batch-size", "4", "--device", "cpu"]
+    pretrain.main(["--unclip", "--out", str(tmp_path), *sizes])
+    pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(tmp_path)
+    assert pipeline.unet.config.class_embed_type == "projection"
+    assert (
+        pipeline.unet.config.projection_class_embeddings_input_dim == 2 * pipeline.image_encoder.config.projection_dim
+    )
+    phases = [row["phase"] for row in csv.DictReader(open(tmp_path / "training_log.csv"))]
+    assert phases == ["encoder", "unclip"]
+    found = backbone.load(str(tmp_path), device="cpu", precision="fp32")
+    tiny = backbone.load("tiny", device="cpu", precision="fp32")
+    assert torch.equal(found.text_context(["digit 3"]), tiny.text_context(["digit 3"]))
+
+
+def test_an_unclip_unet_begins_as_its_base():
+    """Whatever the embedding is, at first it adds nothing."""
+    base = backbone.load("tiny", device="cpu", precision="fp32").unet
+    unet = pretrain_unclip.unclip_unet(base)
+    generator = torch.Generator().manual_seed(0)
+    latents, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 8, 64, generator=generator)
+    told, t = torch.randn(2, 2 * pretrain_unclip.EMBEDDING, generator=generator), torch.tensor([3, 900])
+    with torch.no_grad():
+        found = unet(latents, t, encoder_hidden_states=context, class_labels=told).sample
+        torch.testing.assert_close(found, base(latents, t, encoder_hidden_states=context).sample)
+
+
+def test_pictures_of_one_caption_are_each_others_positives():
+    """CLIP's loss, from its definition: where all captions are one, nothing can be told apart, and the loss is ln B."""
+    clip = pretrain_unclip.Clip(pretrain_unclip.build_encoder(), 8, 256)
+    with torch.no_grad():
+        clip.text_projection.weight.zero_()  # all texts alike: every similarity is 0
+    images, ids, latents = torch.zeros(4, 3, 32, 32), torch.zeros(4, 8, dtype=torch.int64), torch.zeros(4, 4, 8, 8)
+    aligned, _ = clip(images, torch.randn(4, 8), ids, latents)
+    assert float(aligned.detach()) == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-5)
+
+
+def test_distorted_pictures_are_drawn_from_their_generator():
+    images, _ = source_images.draw(16, torch.Generator().manual_seed(0))
+    first, again, other = (source_images.distort(images, torch.Generator().manual_seed(k)) for k in (1, 1, 2))
+    assert first.shape == images.shape and first.dtype == torch.uint8
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert 5 < (first.float() - images.float()).abs().mean() < 80
