@@ -90,6 +90,9 @@ MICRO = dict(
     inversion_images=20,
     inversion_visits=3,
     inversion_steps=5,
+    augmented_images=20,
+    augmented_steps=3,
+    augmented_tail_largest=5,
 )
 
 
