@@ -30,6 +30,7 @@ SMALL = dict(
     inversion_checkpoints=2,
     inversion_batch_size=4,
     inversion_steps=2,
+    augmented_steps=2,
 )
 
 
