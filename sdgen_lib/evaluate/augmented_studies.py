@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..methods.augmented import AugmentedMethod
 from ..store.run import Step
 from ..work.workspace import Workspace
 from .rows import Training, row_step
-from .worth import steps_for, worth_step
+from .worth import GENERATED, KINDS, Study, steps_for, worth_step
 
 FILL_VERSION = 1  # raised whenever the same settings would fill a tail otherwise
 PRIORS = ("none", "real", "batch")
@@ -30,10 +30,7 @@ PRIORS = ("none", "real", "batch")
 def tailed(ws: Workspace) -> Workspace:
     """The same run on a long-tailed version of its training images, as its settings say."""
     s = ws.settings
-    data = long_tailed(ws.data, s.augmented_tail_factor, s.augmented_tail_largest, s.seed)
-    other = Workspace(s, ws.ranks, data, ws.run.path)
-    other.__dict__["backbone"] = ws.backbone  # the model is loaded once
-    return other
+    return ws.holding(long_tailed(ws.data, s.augmented_tail_factor, s.augmented_tail_largest, s.seed))
 
 
 def oversampled(split: Split, num_classes: int) -> Split:
@@ -54,16 +51,19 @@ def missing_labels(split: Split, num_classes: int) -> torch.Tensor:
     return torch.arange(num_classes).repeat_interleave(counts.max() - counts)
 
 
-def prior_of(kind: str, real: Split, other: Split | None, num_classes: int) -> list[float] | None:
+def prior_of(kind: str, real: torch.Tensor, made: torch.Tensor, num_classes: int) -> list[float] | None:
     """The classes' shares that a balanced softmax takes (Ren et al. 2020): "real", those of the real images (released
-    code); "batch", those of a batch that is half real and half ``other``; "none", no balanced softmax."""
+    code); "batch", those of a batch that is half real, half generated; "none", no balanced softmax.
+
+    ``real`` and ``made``: the labels, int64; without any of the second a batch is all real.
+    """
     if kind not in PRIORS:
         raise unknown_name("prior", kind, PRIORS)
     if kind == "none":
         return None
-    shares = torch.bincount(real.labels, minlength=num_classes) / len(real)
-    if kind == "batch" and other is not None:
-        shares = 0.5 * shares + 0.5 * torch.bincount(other.labels, minlength=num_classes) / len(other)
+    shares = torch.bincount(real, minlength=num_classes) / len(real)
+    if kind == "batch" and len(made):
+        shares = 0.5 * shares + 0.5 * torch.bincount(made, minlength=num_classes) / len(made)
     return shares.tolist()
 
 
@@ -105,8 +105,8 @@ AS_PUBLISHED = {
 def tail_step(method: AugmentedMethod, row: Row, drawn: int = 0) -> Step:
     """One row of the long tail's table; ``method`` is of a `tailed` run. ``drawn``: which set of generated images."""
     ws, real, classes = method.ws, method.ws.data.train, method.ws.data.num_classes
-    source = method.source(row.filled) if row.filled else None
     lacking = missing_labels(real, classes)
+    source = method.source(row.filled) if row.filled and len(lacking) else None  # of balanced images nothing is lacking
     balanced = len(real) + len(lacking)
 
     def training(view: View) -> Training:
@@ -116,7 +116,7 @@ def tail_step(method: AugmentedMethod, row: Row, drawn: int = 0) -> Step:
         made = Split(images, lacking)
         return Training(Mixture((real, made), (1, 1) if row.half else None), {"point": dict(source.point())})
 
-    prior = prior_of(row.prior, real, Split(real.images[:0], lacking) if row.filled else None, classes)
+    prior = prior_of(row.prior, real.labels, lacking if source else lacking[:0], classes)
     return row_step(
         ws,
         "long_tail",
@@ -149,21 +149,14 @@ def tail_rows(method: AugmentedMethod, rows: Mapping[str, Row] | None = None, dr
 
 # --- one choice at a time ---
 
-GENERATED, ALL = ("generated",), ("real", "generated", "both")
 SHOTS = (1, 2, 4, 8, 16)
 
 
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """``title``: of the choice; ``kinds``: what is trained on, see `worth.KINDS`; ``values``: what each one changes."""
-
-    title: str
-    kinds: tuple[str, ...]
-    values: Mapping[str, Mapping[str, Any]]
-
-
 def studies(method: AugmentedMethod) -> dict[str, Study]:
-    """The studies by name, for a run's sizes."""
+    """The studies by name, for a run's sizes.
+
+    A value may also have a "conditioning", a "guidance_scale", and "images", how many real images there are.
+    """
     ws = method.ws
     most = len(ws.data.train) // ws.data.num_classes
     told = ("text", "random image", "random image + dropout", "embedding cutmix + dropout")
@@ -189,7 +182,7 @@ def studies(method: AugmentedMethod) -> dict[str, Study]:
         ),
         "shots": Study(
             "real images of each class",
-            ALL,
+            KINDS,
             {str(k): {"images": k * ws.data.num_classes} for k in (*(k for k in SHOTS if k < most), most)},
         ),
     }
@@ -215,11 +208,3 @@ def study(method: AugmentedMethod, name: str, multiple: int) -> dict[tuple[str, 
             step = worth_step(ws, None if kind == "real" else source, kind, multiple=multiple)
             found[value, kind] = dict(ws.run.result(step).facts)
     return found
-
-
-def several(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows of several drawn sets as one: their classifiers' accuracies, one set after the other."""
-    joined = dict(rows[0])
-    for name in ("test", "balanced_test", "per_class", "val", "steps"):
-        joined[name] = [value for row in rows for value in row[name]]
-    return joined

@@ -6,29 +6,12 @@ classifier steps and seeds, and the vectors are learned anew only where a choice
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from ..classify.networks import NETWORKS
 from ..config.messages import unknown_name
 from ..methods.inversion import InversionMethod
-from .worth import worth_step
-
-GENERATED, BOTH, ALL = ("generated",), ("both",), ("real", "generated", "both")
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """``title``: of the choice; ``kinds``: what the classifiers of each value are trained on, see `worth.KINDS`.
-
-    ``values``: by their names, settings that each one changes ("inversion_..") and arguments of `worth_step`; with
-    "checkpoint" also the vectors', from 1, and with "inversion_images" how many real images there are.
-    """
-
-    title: str
-    kinds: tuple[str, ...]
-    values: Mapping[str, Mapping[str, Any]]
+from .worth import BOTH, GENERATED, KINDS, Study, worth_step
 
 
 def _settings(name: str, *values: Any) -> dict[str, dict[str, Any]]:
@@ -36,7 +19,10 @@ def _settings(name: str, *values: Any) -> dict[str, dict[str, Any]]:
 
 
 def studies(method: InversionMethod) -> dict[str, Study]:
-    """The studies by name, for a run's checkpoints and sizes."""
+    """The studies by name, for a run's checkpoints and sizes.
+
+    A value may also have a "checkpoint" of the vectors, from 1, and "inversion_images", how many real images there are.
+    """
     s = method.ws.settings
     checkpoints = {f"{method.visits(k)}": {"checkpoint": k} for k in range(1, s.inversion_checkpoints + 1)}
     few = [n for n in (10, 20, 50, 100, 200, 500) if method.ws.data.num_classes <= n < len(method.ws.data.train)]
@@ -64,18 +50,20 @@ def studies(method: InversionMethod) -> dict[str, Study]:
             {f"x{k}": {"multiple": k} for k in range(1, s.max_multiple + 1)},
         ),
         "real": Study(
-            "real images (figure 6)", ALL, {str(n): {"inversion_images": n} for n in (*few, len(method.ws.data.train))}
+            "real images (figure 6)",
+            KINDS,
+            {str(n): {"inversion_images": n} for n in (*few, len(method.ws.data.train))},
         ),
         "ratio": Study("real to generated images in a batch (table 7)", BOTH, ratios),
         "augmentation": Study(
             "augmentation (table 4)",
-            ALL,
+            KINDS,
             {
                 name: {"augmentation": name}
                 for name in ("none", "crop_flip", "autoaugment", "randaugment", "cutout", "mixup", "cutmix", "augmix")
             },
         ),
-        "network": Study("network (figure 7c)", ALL, {name: {"network": name} for name in NETWORKS}),
+        "network": Study("network (figure 7c)", KINDS, {name: {"network": name} for name in NETWORKS}),
     }
 
 

@@ -23,6 +23,20 @@ from .rows import Training, row_step
 from .sets import block_step, blocks_of, set_topics, synthetic
 
 KINDS = ("real", "generated", "both")
+GENERATED, BOTH = ("generated",), ("both",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One choice of a method. ``title``: of the choice; ``kinds``: what is trained on for each value, of `KINDS`.
+
+    ``values``: by their names, what each one changes: settings, by their names, arguments of `worth_step`, and what
+    else the method's own ``study`` knows.
+    """
+
+    title: str
+    kinds: tuple[str, ...]
+    values: Mapping[str, Mapping[str, Any]]
 
 
 def equal_steps(ws: Workspace, multiple: int) -> dict[str, int]:

@@ -8,22 +8,22 @@ some numbers may be dropped (section 3.2). Nothing is trained but, if the class 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
 
 import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from ..config.messages import unknown_name
-from ..config.settings import Settings, View
+from ..config.settings import FIELDS, Settings, View
 from ..data import Split
 from ..diffusion.conditions import Condition, ContextTable
 from ..diffusion.generator import LatentGenerator
-from ..diffusion.samplers import passes_per_step, skipped
+from ..diffusion.samplers import skipped
 from ..diffusion.unclip import ImageEncoder, load_image_encoder
-from ..diffusion.weights import UNCLIP_BESIDE
-from ..machine.passes import Pass, Work
+from ..diffusion.weights import NAMES, UNCLIP_BESIDE
 from ..machine.seeds import derived, image_noise
 from ..store.run import Step
 from ..work.workspace import Source, Workspace, never_made
@@ -159,8 +159,8 @@ class AugmentedImages:
     """A `Conditioner`: tells each image of a set its class, and an altered real image of that class.
 
     ``classes``: tells the class. ``images`` uint8 (N, 3, h, w) with ``labels`` int64 (N,) are the real ones, and
-    ``embeddings`` float (N, d) what ``encoder`` makes of them. ``dropout``: a probability, 0..1; ``noise_level``:
-    0..999, of the noise on the altered embedding.
+    ``embeddings`` float (N, d), on the CPU, what ``encoder`` makes of them. ``dropout``: a probability, 0..1;
+    ``noise_level``: 0..999, of the noise on the altered embedding.
     """
 
     classes: ContextTable = dataclasses.field(repr=False)
@@ -179,7 +179,8 @@ class AugmentedImages:
         noise = image_noise(seed, "noise on an embedding", indices.tolist(), embeddings.shape[1:])
         told = self.encoder.told(embeddings, self.noise_level, noise)
         if change := self.how.on_told:
-            told = torch.stack([change(row.cpu(), self.dropout, g) for row, g in zip(told, random)]).to(told.device)
+            changed = [change(row, self.dropout, generator) for row, generator in zip(told.cpu(), random)]
+            told = torch.stack(changed).to(told.device)
         return Condition(self.classes(labels, indices, seed).context, told)
 
     def unconditional(self) -> Condition:
@@ -201,7 +202,7 @@ class AugmentedImages:
 
     def altered(self, pairs: list[tuple[int, int]], random: list[torch.Generator]) -> torch.Tensor:
         """The embeddings of B altered images: float32 (B, d), on the CPU."""
-        how, embeddings = self.how, self.embeddings.cpu()
+        how, embeddings = self.how, self.embeddings
         shares = [float(torch.rand((), generator=generator)) for generator in random]  # Beta(1, 1)
         if how.pixels:
             pictures = [self._mixed_pixels(*pair, share, g) for pair, share, g in zip(pairs, shares, random)]
@@ -264,8 +265,10 @@ def unclip_beside(s: Settings) -> str:
     """The unCLIP model of a run: as ``augmented_backbone`` says, or the one that goes with its backbone."""
     if s.augmented_backbone != "auto":
         return s.augmented_backbone
-    beside = UNCLIP_BESIDE.get(s.backbone, "sd2.1-unclip")
-    return s.backbone if s.backbone in ("tiny-unclip", "sd2.1-unclip") else beside
+    own = Path(NAMES.get(s.backbone, s.backbone)).expanduser() / "image_encoder"
+    if s.backbone == "sd2.1-unclip" or own.is_dir():
+        return s.backbone  # it is one itself
+    return UNCLIP_BESIDE.get(s.backbone, "sd2.1-unclip")
 
 
 class AugmentedMethod:
@@ -275,18 +278,21 @@ class AugmentedMethod:
 
     def __init__(self, ws: Workspace):
         self.ws = ws
-        self._encoder: ImageEncoder | None = None
 
-    @property
+    @functools.cached_property
     def encoder(self) -> ImageEncoder:
         """The backbone's image encoder. Raises FileNotFoundError for a backbone that is no unCLIP."""
-        if self._encoder is None:
-            self._encoder = load_image_encoder(self.ws.backbone.source.folder, self.ws.backbone.device)
-        return self._encoder
+        return load_image_encoder(self.ws.backbone.source.folder, self.ws.backbone.device)
+
+    @functools.cached_property
+    def _of_training_images(self) -> torch.Tensor:
+        return self.encoder.embeddings(self.ws.data.train.images).cpu()
 
     def embeddings(self, split: Split | None = None) -> torch.Tensor:
-        """Of the real training images, or of others: float32 (N, d), on the device."""
-        return self.encoder.embeddings((split or self.ws.data.train).images)
+        """Of the real training images, or of others: float32 (N, d), on the CPU."""
+        if split is None or split is self.ws.data.train:
+            return self._of_training_images
+        return self.encoder.embeddings(split.images).cpu()
 
     def classes(self, s: View) -> ContextTable:
         """What tells the model the class: a prompt, or the Class-Encoder of step 1, trained with this backbone."""
@@ -300,7 +306,7 @@ class AugmentedMethod:
 
     def conditioner(
         self, conditioning: str | None = None, *, dropout: float | None = None, real: Split | None = None
-    ) -> AugmentedImages | ContextTable:
+    ) -> AugmentedImages | RealStarts | ContextTable:
         """What the images are told; None: the settings' values. ``conditioning`` "text": the class alone.
 
         ``real``: the images to draw from, where they are not the run's training images.
@@ -311,7 +317,8 @@ class AugmentedMethod:
         if name == TEXT:
             return self.classes(s)
         if name == STARTS:
-            latents = self.ws.latents["train"].latents
+            known = real is self.ws.data.train
+            latents = self.ws.latents["train"].latents if known else self.ws.backbone.encode(real.images)
             return RealStarts(self.classes(s), latents, real.labels, s.augmented_strength)
         return AugmentedImages(
             self.classes(s),
@@ -326,14 +333,16 @@ class AugmentedMethod:
 
     def named(self, conditioning: str | None) -> str:
         name = self.ws.settings.augmented_conditioning if conditioning is None else conditioning
-        if name not in (TEXT, STARTS, *PAPER):
-            raise unknown_name("conditioning", name, (TEXT, STARTS, *PAPER))
+        allowed = FIELDS["augmented_conditioning"].metadata["choices"]
+        if name not in allowed:
+            raise unknown_name("conditioning", name, allowed)
         return name
 
     def source(self, conditioning: str | None = None, guidance_scale: float | None = None) -> Source:
         """The generator, as tables, sets and exports take it; None: the settings' values."""
         ws, s, name = self.ws, self.ws.settings, self.named(conditioning)
         scale = s.augmented_guidance if guidance_scale is None else float(guidance_scale)
+        strength = s.augmented_strength if name == STARTS else 1.0
         step = Step(
             "generator/augmented",
             make=never_made,
@@ -349,14 +358,14 @@ class AugmentedMethod:
             "conditioning": name,
             "dropout": s.augmented_dropout if "dropout" in name else 0.0,
             "noise_level": s.augmented_noise_level,
-            "strength": s.augmented_strength if name == STARTS else 1.0,
+            "strength": strength,
         }
         return Source(
             self.name,
             step,
             build=lambda: self._generator(name, scale, ws.run.fingerprint(step)),
             point=lambda: point,
-            passes=lambda images: self._drawing_work(name, scale, images),
+            passes=lambda images: ws.drawn(s.augmented_steps - skipped(strength, s.augmented_steps), scale, images),
             facts={"conditioning": name},
         )
 
@@ -371,28 +380,4 @@ class AugmentedMethod:
 
     def _generator(self, conditioning: str, guidance_scale: float, fingerprint: str) -> LatentGenerator:
         ws, s = self.ws, self.ws.settings.view(*SAMPLING, "how")
-        return LatentGenerator(
-            ws.backbone,
-            self.conditioner(conditioning),
-            ws.data.class_names,
-            s.augmented_steps,
-            guidance_scale,
-            sampler=s.sampler,
-            image_size=ws.data.image_size,
-            antialias=s.antialias,
-            batch_size=s.sample_batch_size,
-            compiles=ws.compiles(),
-            fingerprint=fingerprint,
-        )
-
-    def _drawing_work(self, conditioning: str, guidance_scale: float, images: int) -> Work:
-        s = self.ws.settings
-        left_out = skipped(s.augmented_strength, s.augmented_steps) if conditioning == STARTS else 0
-        passes, batch = passes_per_step(guidance_scale) * (s.augmented_steps - left_out), s.sample_batch_size
-        return {Pass(self.ws.unet_pass(), batch): passes * images, Pass("decode", batch): images}
-
-
-def described(conditioning: Conditioning) -> dict[str, Any]:
-    """Of which parts a conditioning is made, by the names of its functions: for tables."""
-    fields = dataclasses.asdict(conditioning)
-    return {name: part.__name__ if callable(part) else part for name, part in fields.items() if part}
+        return ws.latent_generator(s, self.conditioner(conditioning), s.augmented_steps, guidance_scale, fingerprint)

@@ -310,20 +310,8 @@ class ClassEncoderMethod:
         ws, s = self.ws, self.ws.settings.view(*SAMPLING, "how")
         empty = ws.backbone.text_context([""])[0] if s.unconditional == "empty_prompt" else None
         conditioner = self.class_encoder_at(point, s).conditioner(s.unconditional, empty)
-        return LatentGenerator(
-            ws.backbone,
-            conditioner.table(),
-            ws.data.class_names,
-            point.num_inference_steps,
-            point.guidance_scale,
-            sampler=s.sampler,
-            image_size=ws.data.image_size,
-            antialias=s.antialias,
-            batch_size=s.sample_batch_size,
-            compiles=ws.compiles(),
-            unet=self._unet(point.finetune_epoch),
-            fingerprint=fingerprint,
-        )
+        at = point.num_inference_steps, point.guidance_scale
+        return ws.latent_generator(s, conditioner.table(), *at, fingerprint, self._unet(point.finetune_epoch))
 
     def new_class_encoder(self, s: Settings | View | None = None) -> ClassEncoder:
         """An untrained Class-Encoder for this data and backbone."""
@@ -592,7 +580,7 @@ class ClassEncoderMethod:
             {kind: times * count for kind, count in self._classifier_work(count_images).items()}
             for times, count_images in trainings
         ]
-        return total([self._sampled(sum(space.IS) / 2, 2.0, images), *trained])
+        return total([self.ws.drawn(sum(space.IS) / 2, 2.0, images), *trained])
 
     def _classifier_work(self, images: int) -> Work:
         return classifier_work(self.ws.settings, images, self._pixels(), self.ws.data.num_classes)
@@ -600,15 +588,11 @@ class ClassEncoderMethod:
     def _drawing_work(self, row: str, images: int) -> Work:
         s, needed = self.ws.settings, {"after 4": self.retune_step()}.get(row, self.tune_step())
         if row == "after 1":
-            return self._sampled(s.default_steps, s.default_guidance, images)
+            return self.ws.drawn(s.default_steps, s.default_guidance, images)
         if not self.ws.run.peek(needed):
-            return self._sampled((s.steps_min + s.steps_max) / 2, 2.0, images)
+            return self.ws.drawn((s.steps_min + s.steps_max) / 2, 2.0, images)
         point = self.point(row)
-        return self._sampled(point.num_inference_steps, point.guidance_scale, images)
-
-    def _sampled(self, steps: float, guidance_scale: float, images: int) -> Work:
-        batch, passes = self.ws.settings.sample_batch_size, 1 if guidance_scale in (0, 1) else 2
-        return {Pass(self.ws.unet_pass(), batch): passes * steps * images, Pass("decode", batch): images}
+        return self.ws.drawn(point.num_inference_steps, point.guidance_scale, images)
 
     def _pixels(self) -> int:
         return self.ws.settings.image_size or self.ws.data.image_size

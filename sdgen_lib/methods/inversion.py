@@ -24,7 +24,7 @@ from ..diffusion.conditions import Condition
 from ..diffusion.generate import generate_latents
 from ..diffusion.generator import LatentGenerator, Rounds
 from ..diffusion.training import FIXED_NOISES, Latents, fixed_loss
-from ..machine.passes import Pass, Work
+from ..machine.passes import Pass
 from ..machine.ranks import ALONE
 from ..machine.seeds import derived, image_noise
 from ..store import files
@@ -397,7 +397,7 @@ class InversionMethod:
             step,
             build=lambda: self._generator(checkpoint, scale, ws.run.fingerprint(step)),
             point=lambda: point,
-            passes=lambda images: self._drawing_work(scale, images),
+            passes=lambda images: ws.drawn(s.inversion_steps, scale, images),
             facts={"inverted_images": len(ws.data.train)},
         )
 
@@ -428,7 +428,7 @@ class InversionMethod:
                 "guidance_scale": list(RELEASED_GUIDANCE),
                 "visits": "every checkpoint",
             },
-            passes=lambda images: self._drawing_work(RELEASED_GUIDANCE[0], images),
+            passes=lambda images: ws.drawn(s.inversion_steps, RELEASED_GUIDANCE[0], images),
             facts={"inverted_images": period},
         )
 
@@ -511,22 +511,4 @@ class InversionMethod:
 
     def _generator(self, checkpoint: int, guidance_scale: float, fingerprint: str) -> LatentGenerator:
         ws, s = self.ws, self.ws.settings.view(*SAMPLING, "how")
-        return LatentGenerator(
-            ws.backbone,
-            self.conditioner(checkpoint, s),
-            ws.data.class_names,
-            s.inversion_steps,
-            guidance_scale,
-            sampler=s.sampler,
-            image_size=ws.data.image_size,
-            antialias=s.antialias,
-            batch_size=s.sample_batch_size,
-            compiles=ws.compiles(),
-            fingerprint=fingerprint,
-        )
-
-    def _drawing_work(self, guidance_scale: float, images: int) -> Work:
-        s = self.ws.settings
-        passes = (1 if guidance_scale in (0, 1) else 2) * s.inversion_steps
-        batch = s.sample_batch_size
-        return {Pass(self.ws.unet_pass(), batch): passes * images, Pass("decode", batch): images}
+        return ws.latent_generator(s, self.conditioner(checkpoint, s), s.inversion_steps, guidance_scale, fingerprint)

@@ -57,23 +57,12 @@ def mixed_pixels(method: AugmentedMethod, pair: Sequence[int], count: int = 8) -
     return figures.image_grid(rows, row_names, scale=0.75, title=names[label])
 
 
-def by_dropout(method: AugmentedMethod, row: int, probabilities: Sequence[float], count: int = 8) -> Figure:
-    """Rows of images with more and more of the embedding dropped (the paper's figure 6), from image to class."""
-    real, label, names = _pair(method, [row])
-    rows, row_names = [_padded(real.images, count)], ["the image"]
-    for p in probabilities:
-        conditioner = method.conditioner("random image + dropout", dropout=p, real=real)
-        rows.append(drawn(method, conditioner, label, count))
-        row_names.append(f"p = {p:g}")
-    return figures.image_grid(rows, row_names, scale=0.75, title=names[label])
-
-
 def neighbours(method: AugmentedMethod, split: Split, rows: Sequence[int], count: int = 6) -> Figure:
     """Each row an image of ``split`` and the training images whose embeddings are nearest to its own, by the cosine."""
     train = method.ws.data.train
     known = F.normalize(method.embeddings(train), dim=1)
     asked = F.normalize(method.embeddings(split.take(list(rows))), dim=1)
-    nearest = (asked @ known.T).topk(min(count, len(train)), dim=1).indices.cpu()
+    nearest = (asked @ known.T).topk(min(count, len(train)), dim=1).indices
     names = method.ws.data.class_names
     pictures = [torch.cat([split.images[row : row + 1], train.images[near]]) for row, near in zip(rows, nearest)]
     columns = ["asked for", *(f"nearest {k + 1}" for k in range(nearest.shape[1]))]
@@ -82,7 +71,7 @@ def neighbours(method: AugmentedMethod, split: Split, rows: Sequence[int], count
 
 def embedding_map(method: AugmentedMethod, split: Split) -> Figure:
     """The embeddings of ``split`` in two dimensions, their first principal components: a dot an image, by class."""
-    found = method.embeddings(split).cpu()
+    found = method.embeddings(split)
     centred = found - found.mean(0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     at = centred @ directions[:2].T

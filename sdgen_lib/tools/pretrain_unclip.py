@@ -127,15 +127,6 @@ def unclip_unet(base: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
-def loss_of(frozen: Frozen, unet: nn.Module, latents, context, told, t, noise) -> torch.Tensor:
-    """The diffusion loss of B latents that are told a context and [embedding, noise level], a scalar."""
-    alpha_bar = frozen.alphas_cumprod[t].view(-1, 1, 1, 1)
-    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
-    with autocast(frozen.device, torch.bfloat16):
-        predicted = unet(noisy, t, encoder_hidden_states=context, class_labels=told).sample
-    return F.mse_loss(predicted.float(), noise)
-
-
 class Probe:
     """The loss on held-out pictures with nothing, the caption, the image, both, and another picture's image."""
 
@@ -160,8 +151,10 @@ class Probe:
 
     @torch.no_grad()
     def losses(self, unet: nn.Module) -> dict[str, float]:
-        given = self.frozen, unet, self.latents
-        return {kind: float(loss_of(*given, *told, self.t, self.noise)) for kind, told in self.told.items()}
+        return {
+            kind: float(self.frozen.loss_told(unet, self.latents, context, self.t, self.noise, told))
+            for kind, (context, told) in self.told.items()
+        }
 
 
 def train_unet(
@@ -191,7 +184,14 @@ def train_unet(
             save(training.ema[0])
 
 
-def unet_losses(unet, encoder, frozen, text_encoder, steps: int, source: Source) -> Iterator[torch.Tensor]:
+def unet_losses(
+    unet: UNet2DConditionModel,
+    encoder: ImageEncoder,
+    frozen: Frozen,
+    text_encoder: CLIPTextModel,
+    steps: int,
+    source: Source,
+) -> Iterator[torch.Tensor]:
     """The loss of each batch; each picture of a pool is used 2.5 times. The noise level is 1000 u^2, u uniform."""
     generator, device, batch = source.generator, source.device, source.batch
     with torch.no_grad():
@@ -213,7 +213,7 @@ def unet_losses(unet, encoder, frozen, text_encoder, steps: int, source: Source)
         told = torch.where(dropped(IMAGE_DROPPED)[:, None], torch.zeros_like(told), told)
         noise = torch.randn(batch, *latents.shape[1:], generator=generator).to(device)
         t = sample_timesteps(batch, generator).to(device)
-        yield loss_of(frozen, unet, latents[rows], context, told, t, noise)
+        yield frozen.loss_told(unet, latents[rows], context, t, noise, told)
 
 
 def make(base: Path, out: Path, encoder_steps: int, unet_steps: int, source: Source, log: Log) -> None:

@@ -126,10 +126,23 @@ class Frozen:
         t: torch.Tensor,
         noise: torch.Tensor,
     ) -> torch.Tensor:
-        """The diffusion loss, a scalar: latents and noise (B, 4, 8, 8), captions ids (B, TOKENS), t int64 (B,)."""
+        """The diffusion loss, a scalar: latents and noise (B, 4, 8, 8), captions ids (B, tokens), t int64 (B,)."""
+        with autocast(self.device, torch.bfloat16):
+            context = text_encoder(ids).last_hidden_state
+        return self.loss_told(unet, latents, context, t, noise)
+
+    def loss_told(
+        self,
+        unet: UNet2DConditionModel,
+        latents: torch.Tensor,
+        context: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor,
+        embedding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `loss`, of latents that are told a context (B, tokens, width) and, of an unCLIP UNet, an embedding."""
         alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
         with autocast(self.device, torch.bfloat16):
-            context = text_encoder(ids).last_hidden_state
-            predicted = unet(noisy, t, encoder_hidden_states=context).sample
+            predicted = unet(noisy, t, encoder_hidden_states=context, class_labels=embedding).sample
         return F.mse_loss(predicted.float(), noise)

@@ -14,7 +14,9 @@ from ..config.settings import SHARED, Settings, View, resolve
 from ..data.sources import checkout, split_count
 from ..diffusion import backbone as backbones
 from ..diffusion import weights
-from ..diffusion.generator import Generator
+from ..diffusion.conditions import Conditioner
+from ..diffusion.generator import Generator, LatentGenerator
+from ..diffusion.samplers import passes_per_step
 from ..diffusion.training import Latents
 from ..machine.devices import classifier_dtype, default_device
 from ..machine.passes import Pass, Work
@@ -96,6 +98,12 @@ class Workspace:
             return self
         return Workspace(dataclasses.replace(self.settings, backbone=backbone), self.ranks, self.data)
 
+    def holding(self, real: data.ImageData) -> Workspace:
+        """The same run with other images, say fewer: what was made of the one is not taken for the other's."""
+        other = Workspace(self.settings, self.ranks, real, self.run.path)
+        other.__dict__["backbone"] = self.backbone  # the model is loaded once
+        return other
+
     def varied(self, **changes: Any) -> Workspace:
         """The same data, model and folder with some settings changed; what does not read these is shared.
 
@@ -168,6 +176,36 @@ class Workspace:
     def unet_pass(self) -> str:
         """The kind of pass that sampling takes, see `Pass`."""
         return "compiled unet" if self.compiles() else "unet"
+
+    def latent_generator(
+        self,
+        s: View,
+        conditioner: Conditioner,
+        num_inference_steps: int,
+        guidance_scale: float,
+        fingerprint: str,
+        unet: tuple[str, Callable[[], Any]] | None = None,
+    ) -> LatentGenerator:
+        """What a method's conditioner draws with on this run's data; ``s`` has the topics "sampling" and "how"."""
+        return LatentGenerator(
+            self.backbone,
+            conditioner,
+            self.data.class_names,
+            num_inference_steps,
+            guidance_scale,
+            sampler=s.sampler,
+            image_size=self.data.image_size,
+            antialias=s.antialias,
+            batch_size=s.sample_batch_size,
+            compiles=self.compiles(),
+            unet=unet,
+            fingerprint=fingerprint,
+        )
+
+    def drawn(self, num_inference_steps: float, guidance_scale: float, images: float) -> Work:
+        """The passes that drawing so many images costs."""
+        batch, passes = self.settings.sample_batch_size, passes_per_step(guidance_scale)
+        return {Pass(self.unet_pass(), batch): passes * num_inference_steps * images, Pass("decode", batch): images}
 
 
 class _NothingMade:

@@ -8,6 +8,7 @@ import torch
 from sdgen_lib.classify.training import cross_entropy
 from sdgen_lib.course import Course
 from sdgen_lib.data import Split
+from sdgen_lib.data.tails import long_tailed
 from sdgen_lib.evaluate import augmented_studies as studies
 from sdgen_lib.evaluate.augmented_studies import AS_PUBLISHED, TAIL, Row
 from sdgen_lib.methods.augmented import AugmentedMethod
@@ -33,11 +34,11 @@ def test_what_a_tail_lacks():
 
 
 def test_priors():
-    real, made = split_of(0, 0, 0, 1), split_of(1, 1)
+    real, made = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1])
     assert studies.prior_of("none", real, made, 2) is None
     assert studies.prior_of("real", real, made, 2) == pytest.approx([0.75, 0.25])
     assert studies.prior_of("batch", real, made, 2) == pytest.approx([0.375, 0.625])
-    assert studies.prior_of("batch", real, None, 2) == pytest.approx([0.75, 0.25])
+    assert studies.prior_of("batch", real, made[:0], 2) == pytest.approx([0.75, 0.25])
     with pytest.raises(ValueError, match="Unknown prior 'reel'.*real"):
         studies.prior_of("reel", real, made, 2)
 
@@ -73,6 +74,14 @@ def test_a_tails_rows_have_equal_steps_and_balanced_sets(method):
     assert again["filled: text"] == rows["filled: text"]
 
 
+def test_of_balanced_images_nothing_is_lacking(method):
+    even = AugmentedMethod(method.ws.holding(long_tailed(method.ws.data, 1.0, 2, 0)))
+    assert even.ws.data.class_counts.tolist() == [2] * 10
+    row = Row(filled="random image", half=True, prior="batch")
+    found = studies.tail_rows(even, {"filled": row})["filled"]
+    assert found["num_images"] == 20 and "point" not in found
+
+
 def test_each_row_of_a_tail_is_another_result(method):
     tail = AugmentedMethod(studies.tailed(method.ws))
     rows = {**TAIL, **AS_PUBLISHED}
@@ -98,11 +107,3 @@ def test_a_study_has_a_row_for_each_value_and_kind(method):
     assert {row["point"]["strength"] for row in strength.values()} == {0.25, 0.5, 0.75, 1.0}
     with pytest.raises(ValueError, match="Unknown study 'shot'.*shots"):
         studies.study(method, "shot", 1)
-
-
-def test_rows_of_several_drawn_sets_are_joined():
-    rows = [
-        {"test": [a], "balanced_test": [a], "per_class": [[a]], "val": [a], "steps": [7], "n": 3} for a in (0.1, 0.2)
-    ]
-    joined = studies.several(rows)
-    assert joined["test"] == [0.1, 0.2] and joined["steps"] == [7, 7] and joined["n"] == 3

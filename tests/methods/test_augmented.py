@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from sdgen_lib.config.settings import AUGMENTED, followed, protocol, resolve
 from sdgen_lib.diffusion.conditions import ContextTable
 from sdgen_lib.methods import augmented
-from sdgen_lib.methods.augmented import PAPER, RELEASED, AugmentedImages, Conditioning, RealStarts
+from sdgen_lib.methods.augmented import PAPER, RELEASED, AugmentedImages, RealStarts
 
 DIM = 6
 
@@ -220,11 +220,6 @@ def test_pictures_of_what_is_mixed():
     torch.testing.assert_close(made.encoder.embeddings(shown), made(LABELS, INDICES, 5).embedding[:, :DIM])
 
 
-def test_what_a_conditioning_is_made_of():
-    assert augmented.described(RELEASED["cutmix + dropout"]) == {"pixels": "cutmix", "on_told": "drop", "cropped": True}
-    assert augmented.described(Conditioning()) == {}
-
-
 # --- starting from a real image ---
 
 
@@ -271,6 +266,25 @@ def test_img2img_without_strength_is_the_image_after_the_vae(method):
     )
     anew = dataclasses.replace(draw, conditioner=dataclasses.replace(conditioner, strength=1.0))(labels)
     assert (still.float() - anew.float()).abs().mean() > 10
+
+
+def test_img2img_starts_from_the_images_that_are_given(method):
+    """Not from the training images at the same places."""
+    real = method.ws.data.train.take([7])
+    label = int(real.labels[0])
+    told = method.conditioner("img2img", real=real)(torch.tensor([label]), torch.tensor([3]), 0)
+    torch.testing.assert_close(told.start, method.ws.backbone.encode(real.images))
+
+
+def test_the_unclip_model_of_a_run(tmp_path):
+    def beside(backbone, **more):
+        return augmented.unclip_beside(resolve("demo", backbone=str(backbone), **more))
+
+    (tmp_path / "own" / "image_encoder").mkdir(parents=True)
+    assert beside("tiny") == beside("tiny-unclip") == "tiny-unclip"
+    assert beside("sd2") == beside("sd2.1-unclip") == "sd2.1-unclip"
+    assert beside(tmp_path / "own") == str(tmp_path / "own")
+    assert beside("sd2", augmented_backbone="tiny-unclip") == "tiny-unclip"
 
 
 def test_each_choice_is_another_generator(method):
