@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -772,11 +773,15 @@ def resolve(recipe: str | None = "auto", backbone: str | None = "auto", **given:
 def _what_follows(values: Mapping[str, Any], by_hand: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe's own values become beside those set by hand.
 
-    The other end of a range follows one that was set beyond it; step 4 has no more trials than step 2 was given.
+    The other end of a range follows one that was set beyond it; step 4 has no more trials than step 2 was given; where
+    trials were given fewer images than the recipe's, so has the rescoring, in proportion.
     """
     found, retune = {}, values.get("n_trials_retune")
     if retune and "n_trials" in by_hand and "n_trials_retune" not in by_hand:
         found["n_trials_retune"] = min(retune, by_hand["n_trials"])
+    rescoring, of_a_trial = values.get("rescoring_images"), RECIPES[values["recipe"]].get("num_images")
+    if rescoring and of_a_trial and "num_images" in by_hand and "rescoring_images" not in by_hand:
+        found["rescoring_images"] = min(rescoring, math.ceil(rescoring * by_hand["num_images"] / of_a_trial))
     for low, high in (("steps_min", "steps_max"), ("guidance_min", "guidance_max")):
         lowest, highest = (values.get(name, FIELDS[name].default) for name in (low, high))
         if lowest > highest and (low in by_hand) != (high in by_hand):

@@ -289,6 +289,9 @@ def test_guidance_min_above_guidance_max_is_refused():
         ({"n_trials": 4}, {"n_trials_retune": 4}),
         ({"n_trials": 90}, {"n_trials_retune": RECIPES["demo"]["n_trials_retune"]}),
         ({"n_trials": 4, "n_trials_retune": 9}, {"n_trials_retune": 9}),
+        ({"num_images": 40}, {"rescoring_images": 120}),
+        ({"num_images": 4000}, {"rescoring_images": RECIPES["demo"]["rescoring_images"]}),
+        ({"num_images": 40, "rescoring_images": 90}, {"rescoring_images": 90}),
         ({"steps_max": 12}, {"steps_min": RECIPES["demo"]["steps_min"], "steps_max": 12}),
     ],
 )
