@@ -15,13 +15,14 @@ augmented: NOTEBOOKS = $(sort $(wildcard notebooks/1[01]_*.ipynb))
 # The environment's own kernel runs the notebooks, even where the user has another one called python3.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help course inversion augmented test lint lab clean
+.PHONY: help course inversion augmented test test-all lint lab clean
 
 help:
 	@echo "make course  run notebooks 00 to 07 and print the tables; DATASET, BACKBONE, RECIPE, SEED, RUNS_DIR to choose"
 	@echo "make inversion  run notebooks 08 and 09 (Diffusion Inversion); the same to choose"
 	@echo "make augmented  run notebooks 10 and 11 (augmented conditioning); the same to choose"
-	@echo "make test    run every test"
+	@echo "make test    run the tests, and the notebooks of the paper's method in their default size"
+	@echo "make test-all  the same, and the notebooks of the other methods in their default size (half an hour more)"
 	@echo "make lab     open the notebooks in JupyterLab"
 	@echo "make lint    check the code and its format with ruff"
 	@echo "make clean   remove caches and build products; keeps runs/ and the environment"
@@ -41,7 +42,11 @@ course inversion augmented: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile tests
-	@$(VENV)/bin/python -m pytest --nbval-lax --nbval-current-env notebooks
+	@$(VENV)/bin/python -m pytest --nbval-lax --nbval-current-env $(sort $(wildcard notebooks/0[0-7]_*.ipynb))
+
+test-all: test
+	@$(VENV)/bin/python -m pytest --nbval-lax --nbval-current-env \
+		$(sort $(wildcard notebooks/0[89]_*.ipynb notebooks/1?_*.ipynb))
 
 lint: $(VENV)/.installed
 	@$(VENV)/bin/python -m ruff check .

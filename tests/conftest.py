@@ -93,6 +93,8 @@ MICRO = dict(
     augmented_images=20,
     augmented_steps=3,
     augmented_tail_largest=5,
+    worth_images=20,
+    worth_multiple=2,
 )
 
 

@@ -100,6 +100,11 @@ OTHER = dict(
     augmented_tail_factor=10.0,
     augmented_tail_largest=3,
     augmented_study="shots",
+    worth_generator="after 1",
+    worth_images=4,
+    worth_multiple=2,
+    mixing_study="amount",
+    shifted_to="digits",
     classifier_width=5,
     classifier_shortcut="max_pool",
     classifier_epochs=3,
@@ -204,6 +209,9 @@ HOW |= {
     "inversion_study",
     "augmented_study",
     "augmented_backbone",
+    "worth_generator",
+    "worth_multiple",
+    "mixing_study",
 }  # say how a result is made, and change at most its rounding
 
 

@@ -109,5 +109,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         augmented_text="class_encoder",
         augmented_steps=10,
         augmented_tail_largest=60,
+        worth_generator="after 1",
+        worth_images=50,
+        worth_multiple=6,
     ),
 }

@@ -573,6 +573,36 @@ class Settings:
         doc="the choice whose worth chapter 11 shows",
     )
 
+    # --- real and generated images together ---
+    worth_generator: str = setting(
+        "after 4",
+        choices=("after 1", "after 2", "after 3", "after 4", "inversion", "augmented"),
+        read_by=("how",),
+        doc="whose images chapters 12 to 14 take: the paper's after step 1 .. 4, or another method's",
+    )
+    worth_images: int | None = setting(
+        None,
+        low=1,
+        high=MANY,
+        read_by=("data",),
+        doc="real images of chapters 12 to 14, to generate from and to train with; None: all",
+    )
+    worth_multiple: int = setting(
+        3, low=1, high=1000, read_by=("how",), doc="generated images there, times the real ones"
+    )
+    mixing_study: str = setting(
+        "ratio",
+        choices=("ratio", "amount", "augmentation", "network", "labels", "training", "real"),
+        read_by=("how",),
+        doc="the choice whose worth chapter 12 shows",
+    )
+    shifted_to: str | None = setting(
+        None,
+        what="a dataset's name or path",
+        read_by=("data",),
+        doc="a dataset of the same classes, whose test images chapter 14 tests on, too",
+    )
+
     # --- the classifier ---
     classifier_width: int = setting(
         16,

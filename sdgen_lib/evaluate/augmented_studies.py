@@ -19,9 +19,9 @@ from ..data import Split
 from ..data.tails import long_tailed
 from ..methods.augmented import AugmentedMethod
 from ..store.run import Step
-from ..work.workspace import Workspace
+from ..work.workspace import Source, Workspace
 from .rows import Training, row_step
-from .worth import GENERATED, KINDS, Study, steps_for, worth_step
+from .worth import GENERATED, KINDS, Study, steps_for, studied
 
 FILL_VERSION = 1  # raised whenever the same settings would fill a tail otherwise
 PRIORS = ("none", "real", "batch")
@@ -189,22 +189,14 @@ def studies(method: AugmentedMethod) -> dict[str, Study]:
 
 
 def study(method: AugmentedMethod, name: str, multiple: int) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of a study by (value, kind), made if they are not there; x``multiple`` images.
+    """The rows of a study by (value, kind), see `worth.studied`."""
 
-    Raises ValueError for an unknown study.
-    """
-    known = studies(method)
-    if name not in known:
-        raise unknown_name("study", name, known)
-    found = {}
-    for value, changes in known[name].values.items():
-        changes = dict(changes)
-        count, conditioning = changes.pop("images", None), changes.pop("conditioning", None)
-        scale = changes.pop("guidance_scale", None)
+    def place(how: dict[str, Any]) -> tuple[Workspace, Source]:
+        count, conditioning = how.pop("images", None), how.pop("conditioning", None)
+        scale = how.pop("guidance_scale", None)
+        varied = {key: how.pop(key) for key in tuple(how) if key.startswith("augmented_")}
         ws = method.ws.few(count) if count else method.ws
-        ws = ws.varied(**changes) if changes else ws
-        source = AugmentedMethod(ws).source(conditioning, scale)
-        for kind in known[name].kinds:
-            step = worth_step(ws, None if kind == "real" else source, kind, multiple=multiple)
-            found[value, kind] = dict(ws.run.result(step).facts)
-    return found
+        ws = ws.varied(**varied) if varied else ws
+        return ws, AugmentedMethod(ws).source(conditioning, scale)
+
+    return studied(studies(method), name, place, multiple)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..classify.networks import NETWORKS
-from ..config.messages import unknown_name
 from ..methods.inversion import InversionMethod
-from .worth import BOTH, GENERATED, KINDS, Study, worth_step
+from ..work.workspace import Source, Workspace
+from .worth import BOTH, GENERATED, KINDS, Study, studied
 
 
 def _settings(name: str, *values: Any) -> dict[str, dict[str, Any]]:
@@ -68,24 +68,12 @@ def studies(method: InversionMethod) -> dict[str, Study]:
 
 
 def study(method: InversionMethod, name: str, multiple: int) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of a study by (value, kind), those that are not there made first; x``multiple`` images unless it says.
+    """The rows of a study by (value, kind), see `worth.studied`."""
 
-    Raises ValueError for an unknown study.
-    """
-    return {key: dict(ws.run.result(step).facts) for key, (ws, step) in _rows(method, name, multiple).items()}
-
-
-def _rows(method: InversionMethod, name: str, multiple: int):
-    known = studies(method)
-    if name not in known:
-        raise unknown_name("study", name, known)
-    found = {}
-    for value, changes in known[name].values.items():
-        how = {"multiple": multiple, "steps_of": multiple} | dict(changes)
+    def place(how: dict[str, Any]) -> tuple[Workspace, Source]:
         checkpoint, count = how.pop("checkpoint", None), how.pop("inversion_images", None)
         varied = {key: how.pop(key) for key in tuple(how) if key.startswith("inversion_")}
         ws = method.ws.few(count).varied(**varied) if count or varied else method.ws
-        source = InversionMethod(ws).source(checkpoint)
-        for kind in known[name].kinds:
-            found[value, kind] = (ws, worth_step(ws, source, kind, **how))
-    return found
+        return ws, InversionMethod(ws).source(checkpoint)
+
+    return studied(studies(method), name, place, multiple)

@@ -247,6 +247,18 @@ def precision_recall_density_coverage(real: Any, generated: Any, k: int = NEIGHB
     }
 
 
+def densities(real: Any, generated: Any, k: int = NEIGHBOURS) -> torch.Tensor:
+    """In how many real balls each generated image is, divided by k: float64 (M,); their mean is the density.
+
+    float (N, d) and (M, d), N at least k + 1; balls and errors as in `precision_recall_density_coverage`.
+    """
+    k = _k(k)
+    real, generated = _matrices(real, generated, k + 1, 1, f"k = {k}")
+    radius = _neighbours(real, None, k)[0][:, -1] * EDGE
+    parts = _rows(len(generated), len(real), "density")
+    return torch.cat([(_distances(generated[rows], real) < radius).sum(dim=1) for rows in parts]).double() / k
+
+
 def nearest(real: Any, generated: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Each generated image's nearest real one: its index int64 (M,), and its distance in the features, float64 (M,).
 
@@ -264,10 +276,19 @@ def authenticity(real: Any, generated: Any) -> float:
     neighbour. New images of the same distribution do not reach 1: measure what real images that were not trained on
     reach. float (N, d) and (M, d), N at least 2. Raises ValueError for features that do not fit.
     """
+    return float((authenticities(real, generated) > 1).double().mean())
+
+
+def authenticities(real: Any, generated: Any) -> torch.Tensor:
+    """Each generated image's distance to its nearest real image, over that one's to its own nearest: float64 (M,).
+
+    It is 1 or less for a copy, see `authenticity`; infinite where the real image has a twin, and the generated one is
+    another. Arguments and errors as there.
+    """
     real, generated = _matrices(real, generated, 2, 1, "authenticity")
     distance, index = _neighbours(generated, real, 1)
-    own = _neighbours(real, None, 1)[0]
-    return float((distance[:, 0] > own[index[:, 0], 0]).double().mean())
+    own = _neighbours(real, None, 1)[0][index[:, 0], 0]
+    return torch.where(distance[:, 0] == 0, 0.0, distance[:, 0] / own)
 
 
 def compare(real: Any, generated: Any, features: str, k: int = NEIGHBOURS) -> dict[str, Any]:

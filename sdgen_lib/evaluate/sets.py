@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,15 @@ def set_topics(ws: Workspace, multiple: int) -> tuple[str, ...]:
 
 def synthetic(ws: Workspace, source: Source, multiple: int) -> Split:
     """The synthetic set of ``multiple`` times the real one's size, made if it is not there."""
-    numbers, s = blocks_of(ws, multiple), ws.settings
-    paths = [ws.run.file(block_step(ws, source, number), blocks.BLOCK) for number in numbers]
-    labels = block_labels(ws, s.class_mix).repeat(len(paths))
-    whole = Split(torch.cat([blocks.load_images(path) for path in paths]), labels)
+    s, whole = ws.settings, synthetic_blocks(ws, source, blocks_of(ws, multiple))
     if s.larger_sets == "nested" or multiple == 1:
         return whole
     random = torch.Generator().manual_seed(derived(s.seed, "random part", multiple))
     return whole.take(torch.randperm(len(whole), generator=random)[: multiple * len(ws.data.train)])
+
+
+def synthetic_blocks(ws: Workspace, source: Source, numbers: Sequence[int]) -> Split:
+    """The blocks of these numbers, one after the other, made if they are not there."""
+    paths = [ws.run.file(block_step(ws, source, number), blocks.BLOCK) for number in numbers]
+    labels = block_labels(ws, ws.settings.class_mix).repeat(len(paths))
+    return Split(torch.cat([blocks.load_images(path) for path in paths]), labels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,11 +19,14 @@ from ..config.settings import View
 from ..data import Split, resize
 from ..store.run import Step
 from ..work.workspace import Source, Workspace
+from .filters import Filter, filtered_needs, images_of, set_of
+from .quality import judge_of, judge_step, probabilities
 from .rows import Training, row_step
-from .sets import block_step, blocks_of, set_topics, synthetic
+from .sets import block_step, blocks_of, set_topics
 
 KINDS = ("real", "generated", "both")
 GENERATED, BOTH = ("generated",), ("both",)
+EQUAL_EPOCHS = {"epoch_images": 1, "epoch_limit": None}  # an epoch is the set itself, however small or large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Study:
     """One choice of a method. ``title``: of the choice; ``kinds``: what is trained on for each value, of `KINDS`.
 
     ``values``: by their names, what each one changes: settings, by their names, arguments of `worth_step`, and what
-    else the method's own ``study`` knows.
+    else the place of the study knows, see `studied`.
     """
 
     title: str
@@ -66,35 +69,56 @@ def worth_step(
     augmentation: str = "none",
     network: str = "resnet20",
     steps_of: int | None = None,
+    kept: Filter | None = None,
+    soft: bool = False,
+    equal_epochs: bool = False,
     tests: Mapping[str, Split] | None = None,
 ) -> Step:
     """One row: ``kind`` of `KINDS`, with x``multiple`` generated images of ``source`` (None for "real").
 
     ``ratio``: real to generated images in each batch of "both"; None: as if the sets were one. ``steps_of``: the
     classifiers train as long as those of the set of so many times the real one's size (None: ``multiple``).
-    ``augmentation``, ``network``: as in `classify.train_classifier`. Raises ValueError for an unknown kind.
+    ``augmentation``, ``network``: as in `classify.train_classifier`. ``kept``: a filter of the generated images.
+    ``equal_epochs``: instead, they see each image of their set equally often, and a larger set takes more steps.
+    ``soft``: their labels are the probabilities that `quality.judge_of` gives them (a teacher of real images).
+    Raises ValueError for an unknown kind.
     """
     if kind not in KINDS:
         raise unknown_name("kind", kind, KINDS)
     real, n = ws.data.train, len(ws.data.train)
-    needs = () if kind == "real" else tuple(block_step(ws, source, block) for block in blocks_of(ws, multiple))
+    if kind == "real":
+        kept, soft, needs = None, False, ()
+    elif kept:
+        needs = filtered_needs(ws, source, multiple, kept)
+    else:
+        needs = tuple(block_step(ws, source, block) for block in blocks_of(ws, multiple))
 
     def training(view: View) -> Training:
         if kind == "real":
             return Training(real)
-        generated, facts = synthetic(ws, source, multiple), {"point": dict(source.point()), **source.facts}
+        generated, facts = set_of(ws, source, multiple, kept), {"point": dict(source.point()), **source.facts}
+        if soft:
+            told = probabilities(judge_of(ws), generated.images)
+            generated = dataclasses.replace(generated, labels=told)
         return Training(generated if kind == "generated" else Mixture((real, generated), ratio), facts)
 
-    images = {"real": n, "generated": multiple * n, "both": (multiple + 1) * n}[kind]
+    made = 0 if kind == "real" else images_of(ws, multiple, kept)
+    images = {"real": n, "generated": made, "both": n + made}[kind]
+    chosen = {"kept": dataclasses.asdict(kept)} if kept else {}
+    chosen |= {"soft": True} if soft else {}
     return row_step(
         ws,
         f"worth/{kind}",
         training,
         images,
-        needs=needs,
+        needs=(*needs, judge_step(ws)) if soft else needs,
         topics=() if kind == "real" else set_topics(ws, multiple),
-        inputs={"ratio": list(ratio) if ratio else None},
-        options={"augmentation": augmentation, "network": network, **equal_steps(ws, steps_of or multiple)},
+        inputs={"ratio": list(ratio) if ratio else None, **chosen},
+        options={
+            "augmentation": augmentation,
+            "network": network,
+            **(EQUAL_EPOCHS if equal_epochs else equal_steps(ws, steps_of or multiple)),
+        },
         tests=tests,
     )
 
@@ -102,6 +126,30 @@ def worth_step(
 def worth(ws: Workspace, source: Source | None, kind: str, **how: Any) -> dict[str, Any]:
     """A row, made if it is not there, as `rows.accuracies` gives it; arguments as `worth_step`."""
     return dict(ws.run.result(worth_step(ws, source, kind, **how)).facts)
+
+
+#: From what a value changes, a dict from which it takes what is not an argument of `worth_step`, to where its rows are
+#: made and what they are drawn with.
+Place = Callable[[dict[str, Any]], tuple[Workspace, Source]]
+
+
+def studied(
+    known: Mapping[str, Study], name: str, place: Place, multiple: int
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of the study ``name`` by (value, kind), those that are not there made first.
+
+    x``multiple`` images, and as many classifier steps as for these, unless a value says otherwise. Raises ValueError
+    for an unknown study.
+    """
+    if name not in known:
+        raise unknown_name("study", name, known)
+    found = {}
+    for value, changes in known[name].values.items():
+        how = {"multiple": multiple, "steps_of": multiple} | dict(changes)
+        ws, source = place(how)
+        for kind in known[name].kinds:
+            found[value, kind] = worth(ws, source if kind != "real" else None, kind, **how)
+    return found
 
 
 def through_vae(ws: Workspace) -> Split:

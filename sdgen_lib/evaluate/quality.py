@@ -1,0 +1,214 @@
+"""How good each generated image is, and each class: what a classifier of real images and their features say of it.
+
+Nothing here looks at test images. The judge is a ResNet20 of the real training images, with a seed that no table's
+classifier has: a filter by its answers is not scored by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ..classify import ResNet20
+from ..config.settings import View
+from ..data import Split
+from ..machine.devices import classifier_dtype, default_device
+from ..machine.passes import Work
+from ..store import files
+from ..store.run import Step
+from ..work.workspace import Source, Workspace, classifier_options, classifier_work
+from . import metrics
+from .metrics import NEIGHBOURS
+from .sets import block_step, synthetic_blocks
+
+JUDGE, TABLE = "judge.safetensors", "scores.safetensors"
+VERSION = 1  # raised whenever the same settings would give other scores
+#: What is known of each generated image; of all of them more is better.
+SCORES = {
+    "confidence": "the probability that a classifier of real images gives the class asked for",
+    "agreement": "1 where the class asked for is that classifier's answer, else 0",
+    "nearness": "minus the distance to the nearest real image of the class, in the classifier's features",
+    "density": "in how many balls around real images of the class it lies, over k (Naeem et al. 2020)",
+    "authenticity": "its distance to the nearest real image over that one's to its own: 1 or less is a copy",
+}
+
+
+@torch.no_grad()
+def probabilities(network: nn.Module, images: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
+    """What a classifier says of images uint8 (N, 3, H, W): float32 (N, C) on the CPU, rows that sum to 1."""
+    network.eval()
+    device = next(network.parameters()).device
+    return torch.cat([network(part.to(device)).softmax(1).cpu() for part in images.split(batch_size)])
+
+
+def image_scores(network: ResNet20, real: Split, generated: Split, k: int = NEIGHBOURS) -> dict[str, torch.Tensor]:
+    """`SCORES` of each generated image beside the ``real`` ones: float32 (M,) by name.
+
+    ``network``: trained on real images, see `metrics.judge`; its last layer but one gives the features. A class with
+    k real images or fewer takes its balls with what it has; with one it has none, and its images' density is 0.
+    Raises ValueError for a generated class of which there is no real image.
+    """
+    features = metrics.extractor("resnet20", network)
+    told = probabilities(network, generated.images)
+    of_real, of_generated = features(real.images), features(generated.images)
+    nearness, density = (torch.zeros(len(generated)) for _ in range(2))
+    for label in generated.labels.unique().tolist():
+        rows, own = generated.labels == label, of_real[real.labels == label]
+        if not len(own):
+            raise ValueError(f"There are generated images of class number {label} and no real one to judge them by.")
+        nearness[rows] = -metrics.nearest(own, of_generated[rows])[1].float()
+        if len(own) > 1:
+            density[rows] = metrics.densities(own, of_generated[rows], min(k, len(own) - 1)).float()
+    return {
+        "confidence": told.gather(1, generated.labels[:, None])[:, 0],
+        "agreement": (told.argmax(1) == generated.labels).float(),
+        "nearness": nearness,
+        "density": density,
+        "authenticity": metrics.authenticities(of_real, of_generated).float(),
+    }
+
+
+def suspects(scores: Mapping[str, torch.Tensor], of_real: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Which images look wrong, bool (M,) each: "another class", "unlike any", "copy".
+
+    ``of_real``: the scores of real images that the judge did not learn from. "Another class": the judge answers so.
+    "Unlike any": farther from the real images of its class than 99 of 100 real ones are. "Copy": see `SCORES`.
+    """
+    return {
+        "another class": scores["agreement"] == 0,
+        "unlike any": scores["nearness"] < torch.quantile(of_real["nearness"], 0.01),
+        "copy": scores["authenticity"] <= 1,
+    }
+
+
+def class_quality(
+    scores: Mapping[str, torch.Tensor],
+    of_real: Mapping[str, torch.Tensor],
+    network: ResNet20,
+    real: Split,
+    generated: Split,
+    class_names: Sequence[str],
+    k: int = NEIGHBOURS,
+) -> pd.DataFrame:
+    """One row a class, the one whose images look most like another's first, in percent where it is a share.
+
+    ``scores`` and ``of_real`` as in `suspects`. Precision, density, coverage and the Frechet distance are those of the
+    class alone (`metrics.per_class`); a class with k images or fewer has none of them.
+    """
+    features, wrong = metrics.extractor("resnet20", network), suspects(scores, of_real)
+    measured = metrics.per_class(
+        features(real.images), features(generated.images), real.labels, generated.labels, features.name, k
+    )
+    table = {}
+    for label in generated.labels.unique().tolist():
+        rows, found = generated.labels == label, measured[label]
+        table[class_names[label]] = {
+            "real images": found["num_real"],
+            "generated": found["num_generated"],
+            "confidence %": 100 * float(scores["confidence"][rows].mean()),
+            "taken for the class %": 100 * float(scores["agreement"][rows].mean()),
+            **{f"{name} %": 100 * float(flags[rows].float().mean()) for name, flags in wrong.items()},
+            "precision %": 100 * found["precision"],
+            "density": found["density"],
+            "coverage %": 100 * found["coverage"],
+            metrics.distance_name(features.name): found["fd"],
+        }
+    return pd.DataFrame.from_dict(table, orient="index").sort_values("taken for the class %", kind="stable")
+
+
+# --- as steps of a run ---
+
+
+def judge_step(ws: Workspace) -> Step:
+    """The classifier of real images that scores generated ones, trained once."""
+
+    def make(folder: Path, s: View) -> dict[str, Any]:
+        network = metrics.judge(
+            ws.data.train, ws.data.val, ws.data.num_classes, s.seed, **_options(classifier_options(s))
+        )
+        files.save_tensors(folder / JUDGE, network.state_dict())
+        return {}
+
+    def work() -> Work:
+        s = ws.settings
+        pixels = s.image_size or ws.data.image_size
+        return classifier_work(s, len(ws.data.train), pixels, ws.data.num_classes)
+
+    return Step(
+        "quality/judge",
+        make,
+        topics=("classifier", "precision", "seed"),
+        roots=("data",),
+        version=VERSION,
+        work=work,
+        title="A classifier of the real images, to judge generated ones",
+    )
+
+
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    """Of `classify.train_classifier`, without what `metrics.judge` names itself."""
+    return {name: value for name, value in options.items() if name != "seed"}
+
+
+def judge_of(ws: Workspace) -> ResNet20:
+    """The run's judge, trained if it is not there: in eval mode, on this machine's device."""
+    s, device = ws.settings, default_device()
+    network = ResNet20(
+        ws.data.num_classes, s.classifier_width, classifier_dtype(s.precision, device), s.classifier_shortcut
+    )
+    network.load_state_dict(files.load_tensors(ws.run.file(judge_step(ws), JUDGE)))
+    return network.to(device).eval()
+
+
+def scores_step(ws: Workspace, source: Source, block: int) -> Step:
+    """The `image_scores` of block ``block`` of a synthetic set."""
+    made = block_step(ws, source, block)
+
+    def make(folder: Path, s: View) -> dict[str, Any]:
+        files.save_tensors(
+            folder / TABLE, image_scores(judge_of(ws), ws.data.train, synthetic_blocks(ws, source, [block]))
+        )
+        return {}
+
+    return Step(
+        f"quality/block_{block:02d}",
+        make,
+        topics=("classifier", "precision"),
+        needs=(made, judge_step(ws)),
+        roots=("data",),
+        version=VERSION,
+    )
+
+
+def scores_of(ws: Workspace, source: Source, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The scores of the images of several blocks, one after the other: float32 (M,) by name."""
+    tables = [files.load_tensors(ws.run.file(scores_step(ws, source, block), TABLE)) for block in numbers]
+    return {name: torch.cat([table[name] for table in tables]) for name in SCORES}
+
+
+def scores_of_real(ws: Workspace) -> dict[str, torch.Tensor]:
+    """The scores of the real validation images, which the judge did not learn from."""
+    return image_scores(judge_of(ws), ws.data.train, ws.data.val)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assessment:
+    """A synthetic set with what is known of its images: ``scores`` and ``of_real`` as in `suspects`, ``classes`` as
+    `class_quality` gives it."""
+
+    images: Split
+    scores: Mapping[str, torch.Tensor]
+    of_real: Mapping[str, torch.Tensor]
+    classes: pd.DataFrame
+
+
+def assess(network: ResNet20, real: Split, val: Split, generated: Split, class_names: Sequence[str]) -> Assessment:
+    """All of it for any generated set. ``real``: what the judge learnt from; ``val``: real images that it did not."""
+    scores, of_real = (image_scores(network, real, images) for images in (generated, val))
+    return Assessment(generated, scores, of_real, class_quality(scores, of_real, network, real, generated, class_names))

@@ -1,0 +1,27 @@
+"""The generators of all methods by name, for what works with every one of them."""
+
+from __future__ import annotations
+
+from ..config.messages import unknown_name
+from ..work.workspace import Source, Workspace
+from .augmented import AugmentedMethod, unclip_beside
+from .class_encoder import ROWS, ClassEncoderMethod
+from .inversion import InversionMethod
+
+GENERATORS = (*ROWS, "inversion", "augmented")
+
+
+def generator_of(ws: Workspace, name: str) -> tuple[Workspace, Source]:
+    """Where the sets of a generator are made, and the generator: one of `GENERATORS`, learnt from the run's own images.
+
+    Augmented conditioning draws with another backbone, so its workspace is another one. Raises ValueError for an
+    unknown name.
+    """
+    if name not in GENERATORS:
+        raise unknown_name("generator", name, GENERATORS)
+    if name == "inversion":
+        return ws, InversionMethod(ws).source()
+    if name == "augmented":
+        ws = ws.on(unclip_beside(ws.settings))
+        return ws, AugmentedMethod(ws).source()
+    return ws, ClassEncoderMethod(ws).source(name)
