@@ -175,7 +175,7 @@ def test_a_chapter_runs_alone_and_reuses_what_is_there(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS[8:], ids=lambda p: p.stem)
 def test_checked_outputs_are_those_of_any_run(path, tmp_path):
-    """What a chapter of the related methods checks holds whatever the run's size: nbval finds it in the smallest run."""
+    """What a chapter of the related methods checks holds for every run: nbval finds it in the smallest."""
     notebook = nbformat.read(path, 4)
     cell = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     given = {**MICRO, "runs_dir": str(tmp_path / "runs")}
