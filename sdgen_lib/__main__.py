@@ -13,6 +13,7 @@ from .config.messages import unknown_name
 COMMANDS = {
     "report": ("show.report", "print the tables of every finished run"),
     "export": ("share.export", "take a generated set or a trained generator out of a run"),
+    "judge": ("tools.judge", "say whether generated images are worth it beside real ones, whoever made them"),
     "bench": ("tools.bench", "measure speed and memory against named peers"),
     "launch": ("tools.launch", "make a run with several processes, on several GPUs or nodes"),
     "pretrain": ("tools.pretrain", "train the tiny Stable Diffusion from scratch"),

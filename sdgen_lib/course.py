@@ -24,6 +24,7 @@ from .machine.ranks import ALONE, Ranks
 from .methods.augmented import AugmentedMethod, unclip_beside
 from .methods.class_encoder import ROWS, ClassEncoder, ClassEncoderMethod, Point
 from .methods.inversion import InversionMethod
+from .methods.named import generator_of
 from .store.run import Run
 from .work.workspace import Source, Workspace, classifier_options
 
@@ -123,6 +124,14 @@ class Course:
         """Augmented conditioning on ``augmented_images`` of the training images, with ``augmented_backbone``."""
         s = self.settings
         return AugmentedMethod(self.workspace.few(s.augmented_images).on(unclip_beside(s)))
+
+    # --- real and generated images together ---
+
+    @functools.cached_property
+    def worth(self) -> tuple[Workspace, Source]:
+        """``worth_images`` of the training images, and ``worth_generator``, learnt from these: chapters 12 to 14."""
+        s = self.settings
+        return generator_of(self.workspace.few(s.worth_images), s.worth_generator)
 
     # --- images ---
 

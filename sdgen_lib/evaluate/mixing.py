@@ -60,6 +60,19 @@ def study(ws: Workspace, generator: str, name: str, multiple: int) -> dict[tuple
     return studied(studies(ws), name, place, multiple)
 
 
+def learning_curve(
+    ws: Workspace, generator: str, counts: Sequence[int], multiple: int
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Rows by (count, "real" or "both") for these numbers of real images, all with as many steps as the largest.
+
+    Of each number of real images a generator of its own learns; x``multiple`` generated images.
+    """
+    most = max(len(ws.few(count).data.train) for count in counts)
+    values = {str(n): {"images": n, "steps_of": max(1, round(multiple * most / n))} for n in counts}
+    known = {"real": Study("real images", REAL_AND_BOTH, values)}
+    return studied(known, "real", lambda how: generator_of(ws.few(how.pop("images")), generator), multiple)
+
+
 def crossing(counts: Sequence[int], gains: Sequence[float]) -> float:
     """From how many real images on the ``gains`` of generated ones are gone.
 

@@ -20,6 +20,7 @@ from ..config.settings import View
 from ..data import Split
 from ..machine.devices import classifier_dtype, default_device
 from ..machine.passes import Work
+from ..machine.seeds import derived
 from ..store import files
 from ..store.run import Step
 from ..work.workspace import Source, Workspace, classifier_options, classifier_work
@@ -85,6 +86,32 @@ def suspects(scores: Mapping[str, torch.Tensor], of_real: Mapping[str, torch.Ten
         "unlike any": scores["nearness"] < torch.quantile(of_real["nearness"], 0.01),
         "copy": scores["authenticity"] <= 1,
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """A set with mistakes in it: ``groups`` says which image is of which kind, bool (M,) each."""
+
+    images: Split
+    groups: Mapping[str, torch.Tensor]
+
+
+def planted(images: Split, num_classes: int, share: float, seed: int) -> Planted:
+    """``share`` of the images gets another class's label, and as many are painted grey; the rest is left alone.
+
+    To try `suspects` on. Raises ValueError for one class alone, and a share that is not from 0 to a half.
+    """
+    if num_classes < 2 or not 0 <= share <= 0.5:
+        raise ValueError(f"Planting takes 2 classes or more and a share from 0 to 0.5, not {num_classes} and {share}.")
+    random = torch.Generator().manual_seed(derived(seed, "planted mistakes"))
+    order, count = torch.randperm(len(images), generator=random), round(share * len(images))
+    groups = {name: torch.zeros(len(images), dtype=torch.bool) for name in ("mislabelled", "blank", "left alone")}
+    for name, rows in zip(groups, (order[:count], order[count : 2 * count], order[2 * count :])):
+        groups[name][rows] = True
+    pixels, labels, moved = images.images.clone(), images.labels.clone(), groups["mislabelled"]
+    labels[moved] = (labels[moved] + torch.randint(1, num_classes, (count,), generator=random)) % num_classes
+    pixels[groups["blank"]] = 127
+    return Planted(Split(pixels, labels), groups)
 
 
 def class_quality(
@@ -199,16 +226,19 @@ def scores_of_real(ws: Workspace) -> dict[str, torch.Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Assessment:
-    """A synthetic set with what is known of its images: ``scores`` and ``of_real`` as in `suspects`, ``classes`` as
-    `class_quality` gives it."""
+    """What is known of a generated set's images: ``scores`` and ``of_real`` as in `suspects`, ``classes`` as
+    `class_quality` gives it; ``nearest``: the row of the nearest real training image of each, int64 (M,)."""
 
-    images: Split
     scores: Mapping[str, torch.Tensor]
     of_real: Mapping[str, torch.Tensor]
     classes: pd.DataFrame
+    nearest: torch.Tensor
 
 
 def assess(network: ResNet20, real: Split, val: Split, generated: Split, class_names: Sequence[str]) -> Assessment:
     """All of it for any generated set. ``real``: what the judge learnt from; ``val``: real images that it did not."""
     scores, of_real = (image_scores(network, real, images) for images in (generated, val))
-    return Assessment(generated, scores, of_real, class_quality(scores, of_real, network, real, generated, class_names))
+    classes = class_quality(scores, of_real, network, real, generated, class_names)
+    features = metrics.extractor("resnet20", network)
+    nearest, _ = metrics.nearest(features(real.images), features(generated.images))
+    return Assessment(scores, of_real, classes, nearest)

@@ -1,0 +1,93 @@
+"""The command ``python -m sdgen_lib judge REAL GENERATED``: is a set of generated images worth it, whoever made it?"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config.messages import printable
+from ..config.settings import resolve
+from ..course import Course
+from ..data import Split, load
+from ..data.shifts import same_classes
+from ..data.sources import load_generated
+from ..evaluate.judged import judged
+from ..show import judged_report, tables
+from ..store import files
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the tables and writes the page; what cannot be judged ends with one line."""
+    args = _parser().parse_args(argv)
+    try:
+        _judge(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def _judge(args: argparse.Namespace) -> None:
+    out = Path(args.out).expanduser().absolute()
+    if out.exists() and not args.overwrite:
+        raise FileExistsError(f"{printable(out)} is there: give another --out, or --overwrite.")
+    settings = resolve(
+        recipe="demo",
+        backbone="tiny",
+        dataset=args.real,
+        seed=args.seed,
+        runs_dir=args.runs_dir,
+        classifier_seeds=args.classifiers,
+    )
+    course = Course(settings)
+    ws, data = course.workspace, course.data
+    generated = load_generated(args.generated, data)
+    tests = {printable(name): _test_set(name, data) for name in args.test}
+    print(
+        f"{len(data.train)} real training images and {len(generated)} generated ones of {data.num_classes} classes, "
+        f"{data.image_size}x{data.image_size} pixels; {len(data.val)} real validation and {len(data.test)} test images"
+    )
+    found = judged(ws, generated, tests)
+    print()
+    print(tables.worth_table(found.rows).to_string())
+    print()
+    if tests:
+        print(tables.elsewhere_table(found.rows).to_string(), end="\n\n")
+    print(found.assessment.classes.round(1).to_string(), end="\n\n")
+    print(judged_report.measures(found).to_string(), end="\n\n")
+    print("\n".join(judged_report.sentences(found)))
+    page = judged_report.page(found, data, args.real, args.generated, tests)
+    with files.whole_file(out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(f"\nWith pictures: {printable(out)}")
+
+
+def _test_set(name: str, data) -> Split:
+    return same_classes(data, load(name, data.image_size))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdgen_lib judge",
+        description="Classifiers of real, generated and both, with equal steps; how good each class is; copies; other "
+        "test sets. Prints tables and writes a page with pictures. Finished classifiers are kept and found again.",
+    )
+    parser.add_argument("real", metavar="REAL", help="real images: a dataset's name, an .npz file or a folder")
+    parser.add_argument(
+        "generated",
+        metavar="GENERATED",
+        help="generated images of the same classes: an .npz file or a folder; its training images, or all of a folder "
+        "without splits",
+    )
+    parser.add_argument(
+        "--test",
+        metavar="SHIFTED",
+        action="append",
+        default=[],
+        help="a dataset of the same classes, whose test images are tried, too; may be given several times",
+    )
+    parser.add_argument("--out", default="judged.html", help="the page (judged.html)")
+    parser.add_argument("--overwrite", action="store_true", help="write the page over one that is there")
+    parser.add_argument("--classifiers", type=int, default=3, help="classifiers of each row (3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the run: validation images and classifiers (0)")
+    parser.add_argument("--runs-dir", help="where the results are kept (runs/)")
+    return parser
