@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..classify import Mixture
+from ..classify import Attack, Mixture
 from ..config.messages import unknown_name
 from ..config.settings import View
 from ..data import Split, resize
@@ -67,12 +67,14 @@ def worth_step(
     network: str = "resnet20",
     steps_of: int | None = None,
     tests: Mapping[str, Split] | None = None,
+    attacks: Mapping[str, Attack] | None = None,
 ) -> Step:
     """One row: ``kind`` of `KINDS`, with x``multiple`` generated images of ``source`` (None for "real").
 
     ``ratio``: real to generated images in each batch of "both"; None: as if the sets were one. ``steps_of``: the
     classifiers train as long as those of the set of so many times the real one's size (None: ``multiple``).
-    ``augmentation``, ``network``: as in `classify.train_classifier`. Raises ValueError for an unknown kind.
+    ``augmentation``, ``network``: as in `classify.train_classifier`. ``tests``, ``attacks``: as in `rows.row_step`.
+    Raises ValueError for an unknown kind.
     """
     if kind not in KINDS:
         raise unknown_name("kind", kind, KINDS)
@@ -96,6 +98,7 @@ def worth_step(
         inputs={"ratio": list(ratio) if ratio else None},
         options={"augmentation": augmentation, "network": network, **equal_steps(ws, steps_of or multiple)},
         tests=tests,
+        attacks=attacks,
     )
 
 
