@@ -125,11 +125,22 @@ def build(name: str, num_classes: int, **options) -> nn.Module:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
-    """uint8 (N, 3, H, W) -> predicted class, int64 (N,), on the CPU. Leaves the model in evaluation mode."""
+def logits_of(model: nn.Module, images: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
+    """uint8 (N, 3, H, W), or float of 0..255 -> logits, float32 (N, C), on the CPU. Leaves the model in evaluation
+    mode."""
     model.eval()
     device = next(model.parameters()).device
-    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in images.split(batch_size)])
+    return torch.cat([model(part.to(device)).cpu() for part in images.split(batch_size)])
+
+
+def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
+    """The predicted classes, int64 (N,), otherwise as `logits_of`."""
+    return logits_of(model, images, batch_size).argmax(1)
+
+
+def probabilities_of(model: nn.Module, images: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
+    """The softmax of `logits_of`, float32 (N, C): what the model takes each class's probability for."""
+    return logits_of(model, images, batch_size).softmax(1)
 
 
 def fraction_right(predicted: torch.Tensor, labels: torch.Tensor) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..classify import Mixture, Result, score
+from ..classify import Attack, Mixture, Result, score
 from ..config.settings import View
 from ..data import Split
 from ..machine.parallel import best_at_once, side_by_side
@@ -27,7 +28,7 @@ from ..store.run import Step
 from ..work.workspace import Workspace, classifier_options, classifier_work
 
 PREDICTED = "predicted.safetensors"
-ROW_VERSION = 2  # raised whenever the same settings would train other classifiers
+ROW_VERSION = 3  # raised whenever the same settings would train other classifiers, or a row says more of them
 ROW_TOPICS = ("classifier", "table", "precision", "seed")
 
 
@@ -51,6 +52,7 @@ def row_step(
     inputs: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     tests: Mapping[str, Split] | None = None,
+    attacks: Mapping[str, Attack] | None = None,
     before: Callable[[], Work] | None = None,
     title: str = "",
 ) -> Step:
@@ -60,15 +62,16 @@ def row_step(
     ``roots`` and ``inputs``: what it depends on beside the classifier's own settings, the ratio and the weights of a
     mixture among them. ``options``: of
     `classify.train_classifier` (network, augmentation, steps), over the settings'. ``tests``: named test sets beside
-    the data's own, which is "test". ``before()``: what is done before the classifiers, for the estimate.
+    the data's own, which is "test". ``attacks``: of the data's own test images, by name. ``before()``: what is done
+    before the classifiers, for the estimate.
     """
     if "test" in (tests or {}):
         raise ValueError('"test" is the name of the data\'s own test images: give the other test set another name.')
-    options, tests = dict(options or {}), {"test": ws.data.test, **(tests or {})}
+    options, tests, attacks = dict(options or {}), {"test": ws.data.test, **(tests or {})}, dict(attacks or {})
 
     def make(folder: Path, s: View) -> dict[str, Any]:
         found = training(s)
-        scored = scores(ws, s, found.images, tests, options, name)
+        scored = scores(ws, s, found.images, tests, {**options, "attacks": attacks}, name)
         predicted = {test: torch.stack([r.tests[test].predicted for r in scored]) for test in tests}
         files.save_tensors(folder / PREDICTED, predicted)
         n, classes = len(ws.data.test), ws.data.num_classes
@@ -80,6 +83,8 @@ def row_step(
         s = ws.settings
         pixels, classes = s.image_size or ws.data.image_size, ws.data.num_classes
         trained = classifier_work(s, num_images, pixels, classes, s.classifier_seeds)
+        for step in trained:  # a step uphill costs what a training step does
+            trained[step] += s.classifier_seeds * len(ws.data.test) * sum(attack.steps for attack in attacks.values())
         return {**(before() if before else {}), **trained}
 
     return Step(
@@ -93,6 +98,7 @@ def row_step(
             "num_images": num_images,
             "options": {name: value if _is_plain(value) else str(value) for name, value in options.items()},
             "tests": {test: split.fingerprint for test, split in tests.items() if test != "test"},
+            "attacks": {attack: dataclasses.asdict(how) for attack, how in attacks.items()},
         },
         version=ROW_VERSION,
         work=work,
@@ -108,7 +114,7 @@ def _is_plain(value: Any) -> bool:
 def scores(
     ws: Workspace, s: View, training: Split | Mixture, tests: Mapping[str, Split], options: Mapping[str, Any], name: str
 ) -> list[Result]:
-    """What the run's classifier seeds reach with one training set, a core each side by side.
+    """What the run's classifier seeds reach with one training set, a core each side by side; options of `score`.
 
     Seed k of a run's tables is derived from (run seed, "table", k): runs share none, and the searches use none of them.
     """
@@ -133,13 +139,15 @@ def accuracies(found: list[Result]) -> dict[str, Any]:
     Beside them a row has "largest_class", the accuracy of the answer "always the largest class", "num_test", the number
     of test images, and "num_classes".
 
-    "test", "balanced_test" and "per_class" are of the data's own test images; "tests" has the other named sets.
+    "test", "balanced_test", "per_class", "calibration" (the expected calibration error, None where it is not known) and
+    "attacks" (accuracies by the attack's name) are of the data's own test images; "tests" has the other named sets.
     """
     rows = {
         test: {
             "accuracy": [r.tests[test].accuracy for r in found],
             "balanced": [r.tests[test].balanced_accuracy for r in found],
-            "per_class": [[None if v != v else v for v in r.tests[test].per_class] for r in found],
+            "per_class": [[_known(recall) for recall in r.tests[test].per_class] for r in found],
+            "calibration": [_known(r.tests[test].calibration_error) for r in found],
         }
         for test in found[0].tests
     }
@@ -148,7 +156,14 @@ def accuracies(found: list[Result]) -> dict[str, Any]:
         "test": own["accuracy"],
         "balanced_test": own["balanced"],
         "per_class": own["per_class"],
+        "calibration": own["calibration"],
         "val": [r.val_accuracy for r in found],
         "steps": [r.steps for r in found],
     }
-    return row | ({"tests": rows} if rows else {})
+    attacks = {name: [r.attacks[name] for r in found] for name in found[0].attacks}
+    return row | ({"tests": rows} if rows else {}) | ({"attacks": attacks} if attacks else {})
+
+
+def _known(value: float) -> float | None:
+    """None for nan, which is no JSON."""
+    return None if math.isnan(value) else value

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..classify import Mixture
+from ..classify import Attack, Mixture
 from ..config.messages import unknown_name
 from ..config.settings import View
 from ..data import Split, resize
@@ -73,6 +73,7 @@ def worth_step(
     soft: bool = False,
     equal_epochs: bool = False,
     tests: Mapping[str, Split] | None = None,
+    attacks: Mapping[str, Attack] | None = None,
 ) -> Step:
     """One row: ``kind`` of `KINDS`, with x``multiple`` generated images of ``source`` (None for "real").
 
@@ -81,6 +82,7 @@ def worth_step(
     ``augmentation``, ``network``: as in `classify.train_classifier`. ``kept``: a filter of the generated images.
     ``equal_epochs``: instead, they see each image of their set equally often, and a larger set takes more steps.
     ``soft``: their labels are the probabilities that `quality.judge_of` gives them (a teacher of real images).
+    ``tests``, ``attacks``: as in `rows.row_step`.
     Raises ValueError for an unknown kind.
     """
     if kind not in KINDS:
@@ -120,6 +122,7 @@ def worth_step(
             **(EQUAL_EPOCHS if equal_epochs else equal_steps(ws, steps_of or multiple)),
         },
         tests=tests,
+        attacks=attacks,
     )
 
 
