@@ -157,18 +157,26 @@ def same_classes(data: ImageData, other: ImageData) -> Split:
     Classes are matched by name, whatever their order; by number where neither dataset has names of its own ("0" or
     "class 0" and so on). Raises ValueError if the classes are not the same; says which are missing and which are more.
     """
-    theirs, ours = other.class_names, data.class_names
+    return matched(data, other.name, other.class_names, other.test)
+
+
+def matched(data: ImageData, name: str, class_names: Sequence[str], split: Split, all_of_them: bool = True) -> Split:
+    """``split``, of a dataset called ``name`` with these classes, in ``data``'s size and with its labels.
+
+    ``all_of_them``: False where ``split`` may lack some of the classes. Otherwise as `same_classes`.
+    """
+    theirs, ours = class_names, data.class_names
     if _are_numbers(theirs) and _are_numbers(ours) and len(theirs) == len(ours):
         theirs = ours
-    if set(theirs) != set(ours):
-        lacking, more = ([n for n in a if n not in set(b)] for a, b in ((ours, theirs), (theirs, ours)))
+    lacking, more = ([n for n in a if n not in set(b)] for a, b in ((ours, theirs), (theirs, ours)))
+    if more or (lacking and all_of_them):
         found = [f"{what} {_listed(names)}" for what, names in (("lacks", lacking), ("has besides", more)) if names]
         raise ValueError(
-            f"The classes of {printable(shown(other.name))} are not those of {printable(shown(data.name))}: it "
+            f"The classes of {printable(shown(name))} are not those of {printable(shown(data.name))}: it "
             f"{' and '.join(found)}; give a dataset with the same class names, or two without names of their own."
         )
     number = torch.tensor([ours.index(name) for name in theirs])
-    return Split(resize(other.test.images, data.image_size), number[other.test.labels])
+    return Split(resize(split.images, data.image_size), number[split.labels])
 
 
 def _are_numbers(names: Sequence[str]) -> bool:

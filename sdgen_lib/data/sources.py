@@ -19,6 +19,7 @@ from .folders import read_folder
 from .images import ImageData, Split, resize
 from .npz import read_npz
 from .parts import Found, Parts, check_memory
+from .shifts import matched
 
 DIGITS_SIZE, FOLDER_SIZE = 16, 32  # pixels
 IMAGE_SIZES = range(8, 1025)
@@ -75,6 +76,29 @@ def load(
     slug = data.slug if size == default_size else f"{data.slug}-{size}px"
     train, val, test = (Split(resize(s.images, size), s.labels) for s in (data.train, data.val, data.test))
     return replace(data, slug=slug, train=train, val=val, test=test)
+
+
+def load_generated(dataset: str | os.PathLike, data: ImageData, base_dir: Path | None = None) -> Split:
+    """Generated images to judge beside ``data``: in its size, with its labels; all of them are for training.
+
+    ``dataset``: a path as in `load`. Of splits the training images are taken; of a folder of classes, or a file with
+    training images alone, all. A class of which no image was generated is warned of. Raises as `load`, and ValueError
+    for a class that ``data`` has not.
+    """
+    name = os.fspath(dataset)
+    _check_arguments(name, None)
+    found, _ = _read(name, data.image_size, base_dir, None)
+    part = found.parts.get("all", found.parts.get("train"))
+    if part is None:
+        raise ValueError(
+            f"{name!r} has no training images: put the generated images into train/, or into class folders."
+        )
+    _check_grey({"train": part}, name)
+    split = matched(data, name, found.class_names, splits.to_split(*part), all_of_them=False)
+    missing = [data.class_names[k] for k in set(range(data.num_classes)) - set(split.labels.tolist())]
+    if missing:
+        warnings.warn(f"{printable(name)} has no image of class {', '.join(map(repr, missing[:5]))}.", stacklevel=2)
+    return split
 
 
 def checkout() -> Path | None:

@@ -20,7 +20,7 @@ def three_splits(parts: Parts, seed: int, val_fraction: float = VAL_FRACTION) ->
 
     `seed` picks the validation images. A test split made here is the same for every seed.
     """
-    splits = {part: _to_split(*arrays) for part, arrays in parts.items()}
+    splits = {part: to_split(*arrays) for part, arrays in parts.items()}
     if "all" in splits:
         splits["train"], splits["test"] = _split_off(splits.pop("all"), TEST_FRACTION, seed=0)
     if "val" not in splits:
@@ -66,7 +66,7 @@ def _split_off(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     return split.take(np.flatnonzero(~chosen)), split.take(np.flatnonzero(chosen))
 
 
-def _to_split(images: np.ndarray, labels: np.ndarray) -> Split:
+def to_split(images: np.ndarray, labels: np.ndarray) -> Split:
     """uint8 ``(N, H, W)`` or ``(N, H, W, 3)`` and integer ``(N,)`` or ``(N, 1)`` arrays -> `Split`."""
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=-1)
