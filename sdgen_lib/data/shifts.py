@@ -133,7 +133,7 @@ def occlusion(images: torch.Tensor, severity: int, generator: torch.Generator) -
 
 
 #: The corruptions by name: (images uint8 (N, 3, H, W), severity 1..5, random numbers on the CPU) -> uint8 (N, 3, H, W).
-#: Raise ValueError for another severity.
+#: They raise ValueError for another severity.
 CORRUPTIONS: dict[str, Corruption] = {
     "gaussian_noise": gaussian_noise,
     "shot_noise": shot_noise,
