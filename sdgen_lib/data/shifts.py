@@ -127,7 +127,8 @@ def occlusion(images: torch.Tensor, severity: int, generator: torch.Generator) -
     side = max(1, round(_strength("occlusion", severity) * min(height, width)))
     images = images.clone()
     for image in images:
-        top, left = (int(torch.randint(edge - side + 1, (), generator=generator)) for edge in (height, width))
+        down, across = torch.rand(2, generator=generator).tolist()  # shares: a larger square lies about where it was
+        top, left = int(down * (height - side + 1)), int(across * (width - side + 1))
         image[:, top : top + side, left : left + side] = GREY
     return images
 
