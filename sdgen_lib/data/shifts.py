@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ..config.messages import printable, shown, unknown_name
 from ..machine.seeds import derived
@@ -29,12 +32,6 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
 DESIGNED_FOR = 32  # pixels
 GREY = 127
 SOME = 5  # names in an error
-
-
-def _v2():
-    from torchvision.transforms import v2  # takes a second to import, and most runs shift nothing
-
-    return v2.functional
 
 
 def _strength(name: str, severity: int) -> float:
@@ -69,10 +66,12 @@ def impulse_noise(images: torch.Tensor, severity: int, generator: torch.Generato
 def gaussian_blur(images: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
     """A blur, cut off at four standard deviations as theirs. Two differences: outside the image its mirror picture is
     taken, not its border; and an image of more than 32 pixels is blurred more, in proportion."""
+    from torchvision.transforms.v2 import functional  # takes a second, and most runs shift nothing
+
     height, width = images.shape[-2:]
     sigma = _strength("gaussian_blur", severity) * max(1.0, min(height, width) / DESIGNED_FOR)
     reach = min(int(4 * sigma + 0.5), min(height, width) - 1)  # a mirror picture is no larger
-    return _v2().gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
+    return functional.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
 
 
 def brightness(images: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
@@ -91,21 +90,35 @@ def contrast(images: torch.Tensor, severity: int, generator: torch.Generator) ->
 
 
 def pixelate(images: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
-    """Made smaller and larger again, by boxes; Pillow does it, as torch's box filter is another one."""
-    from torchvision.transforms import InterpolationMode
+    """Made smaller and larger again, by Pillow's boxes as theirs."""
+    share = _strength("pixelate", severity)
 
-    v2, share = _v2(), _strength("pixelate", severity)
-    size, small = list(images.shape[-2:]), [int(side * share) for side in images.shape[-2:]]
-    pixelated = []
-    for image in images:
-        picture = v2.resize(v2.to_pil_image(image), small, InterpolationMode.BOX)
-        pixelated.append(v2.pil_to_tensor(v2.resize(picture, size, InterpolationMode.BOX)))
-    return torch.stack(pixelated)
+    def pixelated(picture: Image.Image) -> Image.Image:
+        small = picture.resize([int(side * share) for side in picture.size], Image.Resampling.BOX)
+        return small.resize(picture.size, Image.Resampling.BOX)
+
+    return _by_pillow(images, pixelated)
 
 
 def jpeg(images: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
-    """Compressed and unpacked."""
-    return _v2().jpeg(images, int(_strength("jpeg", severity)))
+    """Compressed and unpacked, by Pillow as theirs."""
+    quality = int(_strength("jpeg", severity))
+
+    def compressed(picture: Image.Image) -> Image.Image:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=quality)
+        return Image.open(file)
+
+    return _by_pillow(images, compressed)
+
+
+def _by_pillow(images: torch.Tensor, change: Callable[[Image.Image], Image.Image]) -> torch.Tensor:
+    """Each image, uint8 (3, H, W), as Pillow's picture through ``change`` and back."""
+    found = torch.empty_like(images)
+    for row, image in enumerate(images):
+        changed = change(Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())))
+        found[row] = torch.from_numpy(np.array(changed)).permute(2, 0, 1)
+    return found
 
 
 def occlusion(images: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
@@ -114,13 +127,14 @@ def occlusion(images: torch.Tensor, severity: int, generator: torch.Generator) -
     side = max(1, round(_strength("occlusion", severity) * min(height, width)))
     images = images.clone()
     for image in images:
-        top, left = (int(torch.randint(edge - side + 1, (), generator=generator)) for edge in (height, width))
+        down, across = torch.rand(2, generator=generator).tolist()  # shares: a larger square lies about where it was
+        top, left = int(down * (height - side + 1)), int(across * (width - side + 1))
         image[:, top : top + side, left : left + side] = GREY
     return images
 
 
 #: The corruptions by name: (images uint8 (N, 3, H, W), severity 1..5, random numbers on the CPU) -> uint8 (N, 3, H, W).
-#: Raise ValueError for another severity.
+#: They raise ValueError for another severity.
 CORRUPTIONS: dict[str, Corruption] = {
     "gaussian_noise": gaussian_noise,
     "shot_noise": shot_noise,

@@ -60,10 +60,9 @@ def row_step(
 
     ``training(settings)``: called when the row is made; ``num_images``: how many it holds. ``needs``, ``topics``,
     ``roots`` and ``inputs``: what it depends on beside the classifier's own settings, the ratio and the weights of a
-    mixture among them. ``options``: of
-    `classify.train_classifier` (network, augmentation, steps), over the settings'. ``tests``: named test sets beside
-    the data's own, which is "test". ``attacks``: of the data's own test images, by name. ``before()``: what is done
-    before the classifiers, for the estimate.
+    mixture among them. ``options``: of `classify.train_classifier` (network, augmentation, steps), over the settings'.
+    ``tests``: named test sets beside the data's own, which is "test". ``attacks``: of the data's own test images, by
+    name. ``before()``: what is done before the classifiers, for the estimate.
     """
     if "test" in (tests or {}):
         raise ValueError('"test" is the name of the data\'s own test images: give the other test set another name.')

@@ -14,7 +14,9 @@ from scipy.special import stdtrit  # Student's quantile; scikit-learn brings sci
 from ..config import paper
 from ..config.settings import resolve
 from ..course import Course
+from ..data.shifts import CORRUPTIONS
 from ..data.tails import per_group
+from ..evaluate.elsewhere import by_shift
 from ..evaluate.scaling import REAL, scaling_work
 from ..methods.class_encoder import ClassEncoderMethod
 from ..work import cost
@@ -120,6 +122,30 @@ def tail_table(rows: Rows, counts: Sequence[int]) -> pd.DataFrame:
             shown["minus real"] = "" if name == "real" else f"{mean:+.1f}{within}: {verdict}"
         table[name] = shown
     return pd.DataFrame.from_dict(table, orient="index")
+
+
+def elsewhere_table(rows: Rows) -> pd.DataFrame:
+    """Rows of `evaluate.elsewhere`, one below the other, in percent, mean ± standard deviation over classifiers.
+
+    The accuracy on the own test images; on each shifted set, of a corruption the mean over its severities; how many
+    points less that is, of the corruptions in the mean, with the deviation over pairs of equal classifiers; the
+    expected calibration error on the own images; the accuracy under each attack. An empty cell where a row does not
+    say it. Empty without rows.
+    """
+    table = {}
+    for name, row in rows.items():
+        shown = {f"accuracy %, {OVER_CLASSIFIERS}": percent(row["test"])}
+        shifted = by_shift(row)
+        shown |= {f"{test} %": percent(accuracies) for test, accuracies in shifted.items()}
+        corruptions = [accuracies for test, accuracies in shifted.items() if test in CORRUPTIONS]
+        dropped = {"corruptions": np.mean(corruptions, axis=0)} if corruptions else {}
+        dropped |= {test: accuracies for test, accuracies in shifted.items() if test not in CORRUPTIONS}
+        shown |= {f"drop, {what}": percent(np.subtract(row["test"], there)) for what, there in dropped.items()}
+        known = [error for error in row.get("calibration", []) if error is not None]
+        shown["calibration error %"] = percent(known) if known else ""
+        shown |= {f"{attack} %": percent(accuracies) for attack, accuracies in row.get("attacks", {}).items()}
+        table[name] = shown
+    return pd.DataFrame.from_dict(table, orient="index").fillna("")
 
 
 def _accuracy(row: Mapping[str, Any], what: str) -> dict[str, str]:

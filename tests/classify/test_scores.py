@@ -1,4 +1,4 @@
-"""Scores against scikit-learn's."""
+"""Scores against scikit-learn's, calibration against torchmetrics'."""
 
 import math
 import re
@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from sdgen_lib import classify, data
 
@@ -89,7 +90,72 @@ def test_it_learns_the_digits(dtype):
     assert 1 <= result.best_epoch <= result.epochs == 15
 
 
+# --- calibration ---
+
+
+@pytest.mark.parametrize("classes", [2, 5, 30])
+def test_the_calibration_error_is_torchmetrics(classes):
+    numbers = torch.Generator().manual_seed(classes)
+    probabilities = (3 * torch.randn(500, classes, generator=numbers)).softmax(1)
+    labels = torch.multinomial(probabilities.sqrt(), 1, generator=numbers)[:, 0]
+    expected = multiclass_calibration_error(probabilities, labels, classes, n_bins=15, norm="l1")
+    confidence, predicted = probabilities.max(1)
+    found = classify.Score.of(predicted, labels, classes, confidence)
+    assert found.calibration_error == pytest.approx(float(expected), abs=1e-6) and found.calibration_error > 0.02
+    same = classify.Score.of(predicted, labels, classes)
+    assert math.isnan(same.calibration_error) and same == found
+
+
+def test_the_calibration_error_by_hand():
+    """Two bins: 0.9, 0.9 and 0.9, two of three right; 0.6 and 0.6, none right. (3 * |2/3 - 0.9| + 2 * 0.6) / 5."""
+    labels, predicted = torch.tensor([0, 1, 0, 1, 1]), torch.tensor([0, 1, 1, 0, 0])
+    found = classify.Score.of(predicted, labels, 2, torch.tensor([0.9, 0.9, 0.9, 0.6, 0.6]))
+    assert found.calibration_error == pytest.approx((0.7 + 1.2) / 5, abs=1e-6)
+    # 9/15 ends its bin, 0.6001 begins the next: one right and one wrong, each with a bin of its own
+    apart = classify.Score.of(
+        torch.tensor([0, 0]), torch.tensor([0, 1]), 2, torch.tensor([0.6, 0.6001], dtype=torch.float64)
+    )
+    assert apart.calibration_error == pytest.approx((0.4 + 0.6001) / 2)
+    sure = torch.ones(5)
+    assert classify.Score.of(labels, labels, 2, sure).calibration_error == 0
+    assert classify.Score.of(1 - labels, labels, 2, sure).calibration_error == 1
+
+
+def test_a_confidence_that_is_none_is_refused_and_one_that_is_not_known_is_nan():
+    labels = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="There are 3 confidences for 2 predictions; give one for each"):
+        classify.Score.of(labels, labels, 2, torch.ones(3))
+    with pytest.raises(ValueError, match=r"A confidence is 1\.5; each must be a probability, 0\.\.1"):
+        classify.Score.of(labels, labels, 2, torch.tensor([1.0, 1.5]))
+    assert math.isnan(classify.Score.of(labels, labels, 2, torch.tensor([0.5, math.nan])).calibration_error)
+
+
+def test_score_says_how_well_calibrated_the_classifier_is_and_how_it_stands_attacks(small):
+    options = dict(width=4, epochs=6, batch_size=32, learning_rate=0.1)
+    attacks = {"none": classify.Attack(0, 1), "strong": classify.Attack(64, 16, 8)}
+    result = classify.score(small.train, small.val, {"test": small.test}, 10, attacks=attacks, **options)
+    model, _ = classify.train_classifier(small.train, small.val, 10, **options)
+    probabilities = classify.probabilities_of(model, small.test.images, batch_size=7)
+    assert probabilities.shape == (len(small.test), 10) and probabilities.dtype == torch.float32
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(len(small.test)))
+    assert torch.equal(probabilities.argmax(1), classify.predict(model, small.test.images))
+    expected = multiclass_calibration_error(probabilities, small.test.labels, 10, n_bins=15, norm="l1")
+    test = result.tests["test"]
+    assert test.calibration_error == pytest.approx(float(expected), abs=1e-5)
+    attacked = attacks["strong"](model, small.test.images, small.test.labels)
+    strong = float((classify.predict(model, attacked) == small.test.labels).float().mean())
+    assert result.attacks == {"none": test.accuracy, "strong": strong} and strong < test.accuracy
+    plain = classify.score(small.train, small.val, {"test": small.test}, 10, **options)
+    assert plain.attacks == {} and plain.tests == result.tests
+
+
 # --- what cannot be scored ---
+
+
+def test_attacks_need_the_images_they_are_of(monkeypatch):
+    monkeypatch.setattr("sdgen_lib.classify.scores.train_classifier", None)
+    with pytest.raises(ValueError, match=r"attacks are of the test set 'test', and there is none; .* \['far'\]"):
+        classify.score(split_of(), split_of(), {"far": split_of()}, 2, attacks=classify.ATTACKS)
 
 
 @pytest.mark.parametrize("which", [0, 1])
