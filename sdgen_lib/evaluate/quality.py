@@ -13,9 +13,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from ..classify import ResNet20
+from ..classify.networks import probabilities_of
 from ..config.settings import View
 from ..data import Split
 from ..machine.devices import classifier_dtype, default_device
@@ -40,14 +40,6 @@ SCORES = {
 }
 
 
-@torch.no_grad()
-def probabilities(network: nn.Module, images: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
-    """What a classifier says of images uint8 (N, 3, H, W): float32 (N, C) on the CPU, rows that sum to 1."""
-    network.eval()
-    device = next(network.parameters()).device
-    return torch.cat([network(part.to(device)).softmax(1).cpu() for part in images.split(batch_size)])
-
-
 def image_scores(network: ResNet20, real: Split, generated: Split, k: int = NEIGHBOURS) -> dict[str, torch.Tensor]:
     """`SCORES` of each generated image beside the ``real`` ones: float32 (M,) by name.
 
@@ -56,7 +48,7 @@ def image_scores(network: ResNet20, real: Split, generated: Split, k: int = NEIG
     Raises ValueError for a generated class of which there is no real image.
     """
     features = metrics.extractor("resnet20", network)
-    told = probabilities(network, generated.images)
+    told = probabilities_of(network, generated.images)
     of_real, of_generated = features(real.images), features(generated.images)
     nearness, density = (torch.zeros(len(generated)) for _ in range(2))
     for label in generated.labels.unique().tolist():

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from ..classify import Attack, Mixture
+from ..classify.networks import probabilities_of
 from ..config.messages import unknown_name
 from ..config.settings import View
 from ..data import Split, resize
 from ..store.run import Step
 from ..work.workspace import Source, Workspace
 from .filters import Filter, filtered_needs, images_of, set_of
-from .quality import judge_of, judge_step, probabilities
+from .quality import judge_of, judge_step
 from .rows import Training, row_step
 from .sets import block_step, blocks_of, set_topics
 
@@ -100,7 +101,7 @@ def worth_step(
             return Training(real)
         generated, facts = set_of(ws, source, multiple, kept), {"point": dict(source.point()), **source.facts}
         if soft:
-            told = probabilities(judge_of(ws), generated.images)
+            told = probabilities_of(judge_of(ws), generated.images)
             generated = dataclasses.replace(generated, labels=told)
         return Training(generated if kind == "generated" else Mixture((real, generated), ratio), facts)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -87,13 +85,14 @@ def suspects_figure(found: Judged, data: ImageData) -> Figure | None:
     return figures.image_grid([found.generated.images[rows] for rows in chosen.values()], list(chosen), scale=0.9)
 
 
-def page(found: Judged, data: ImageData, real_name: str, generated_name: str, shifts: Mapping[str, Any]) -> str:
-    """The whole report as HTML without a script; names are escaped, pictures are in it. ``shifts``: named test sets."""
+def page(found: Judged, data: ImageData, real_name: str, generated_name: str) -> str:
+    """The whole report as HTML without a script; names are escaped, pictures are in it."""
     title = f"{printable(generated_name)} beside {printable(real_name)}"
-    parts = [_paragraphs(sentences(found)), _table(tables.worth_table(found.rows))]
-    if shifts:
-        parts += ["<h2>Other test sets</h2>", _table(tables.elsewhere_table(found.rows))]
-    parts += [
+    parts = [
+        _paragraphs(sentences(found)),
+        _table(tables.worth_table(found.rows)),
+        "<h2>Other test sets</h2>",
+        _table(tables.elsewhere_table(found.rows).T),
         "<h2>Class by class</h2>",
         _paragraphs([f"{name}: {said}." for name, said in quality.SCORES.items()]),
         _table(found.assessment.classes.round(1)),

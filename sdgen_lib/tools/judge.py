@@ -9,12 +9,15 @@ from pathlib import Path
 from ..config.messages import printable
 from ..config.settings import resolve
 from ..course import Course
-from ..data import Split, load
+from ..data import load
 from ..data.shifts import same_classes
 from ..data.sources import load_generated
+from ..evaluate.elsewhere import shifted_tests
 from ..evaluate.judged import judged
 from ..show import judged_report, tables
 from ..store import files
+
+SEVERITY = 3  # of the corruptions that the classifiers are tried on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +44,8 @@ def _judge(args: argparse.Namespace) -> None:
     course = Course(settings)
     ws, data = course.workspace, course.data
     generated = load_generated(args.generated, data)
-    tests = {printable(name): _test_set(name, data) for name in args.test}
+    shifted = {printable(name): same_classes(data, load(name, data.image_size)) for name in args.test}
+    tests = shifted_tests(ws, shifted, severities=(SEVERITY,))
     print(
         f"{len(data.train)} real training images and {len(generated)} generated ones of {data.num_classes} classes, "
         f"{data.image_size}x{data.image_size} pixels; {len(data.val)} real validation and {len(data.test)} test images"
@@ -50,19 +54,14 @@ def _judge(args: argparse.Namespace) -> None:
     print()
     print(tables.worth_table(found.rows).to_string())
     print()
-    if tests:
-        print(tables.elsewhere_table(found.rows).to_string(), end="\n\n")
+    print(tables.elsewhere_table(found.rows).T.to_string(), end="\n\n")
     print(found.assessment.classes.round(1).to_string(), end="\n\n")
     print(judged_report.measures(found).to_string(), end="\n\n")
     print("\n".join(judged_report.sentences(found)))
-    page = judged_report.page(found, data, args.real, args.generated, tests)
+    page = judged_report.page(found, data, args.real, args.generated)
     with files.whole_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(f"\nWith pictures: {printable(out)}")
-
-
-def _test_set(name: str, data) -> Split:
-    return same_classes(data, load(name, data.image_size))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,110 @@
+"""The command judge on folders and files that anyone may have made."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_notebooks import ROOT
+
+from sdgen_lib import __main__ as command
+from sdgen_lib.classify import train_classifier
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Two epochs for each classifier: what is tested is what is said, not how well they learn."""
+    from sdgen_lib.config import recipes
+
+    for name, value in {"classifier_epochs": 2, "classifier_epoch_images": 1}.items():
+        monkeypatch.setitem(recipes.RECIPES["demo"], name, value)
+    assert train_classifier  # the package's own
+
+
+def folder(root, classes, count, size=12, seed=0, dark=0):
+    """A class a folder, of noise around a grey level of its own."""
+    noise = np.random.default_rng(seed)
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = noise.integers(0, 60, (size, size, 3)) + 180 * k // max(1, len(classes) - 1) + dark
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def run(tmp_path, *words):
+    return command.main(
+        ["judge", *map(str, words), "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]
+    )
+
+
+def test_two_folders_are_judged_and_found_again(tmp_path, capsys):
+    names = ["cat & <b>dog</b>", "$x^$"]
+    real, made = folder(tmp_path / "real", names, 20), folder(tmp_path / "made", names[::-1][:1] + names[:1], 9, seed=1)
+    other = folder(tmp_path / "other", names, 8, seed=2, dark=20)
+    run(tmp_path, real, made, "--test", other, "--classifiers", "2")
+    said, page = capsys.readouterr().out, (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "18 generated ones of 2 classes" in said
+    for words in ("real + generated, randaugment", "Alone: classifiers of the generated", "Suspect images", "copy %"):
+        assert words in said and words in page
+    assert str(other) in said and "jpeg" in said
+    assert "<script" not in page and "<b>dog" not in page and "cat &amp; &lt;b&gt;dog" in page
+    assert len(re.findall('src="data:image/png;base64,', page)) >= 2
+    with pytest.raises(SystemExit, match="is there: give another --out, or --overwrite"):
+        run(tmp_path, real, made)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")}
+    run(tmp_path, real, made, "--test", other, "--classifiers", "2", "--overwrite")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")} == before
+
+
+def test_other_images_are_another_result(tmp_path, capsys):
+    names = ["a", "b"]
+    real = folder(tmp_path / "real", names, 20)
+    rows = []
+    for seed in (1, 2):
+        made = folder(tmp_path / f"made {seed}", names, 6, seed=seed)
+        run(tmp_path, real, made, "--classifiers", "1", "--overwrite")
+        rows.append(len(list((tmp_path / "runs").rglob("judged/**/record.json"))))
+    assert rows == [6, 10]  # the two rows of real images alone are shared
+
+
+def test_a_file_of_arrays_and_a_class_that_was_never_drawn(tmp_path, capsys):
+    real = folder(tmp_path / "real", ["a", "b", "c"], 20)
+    noise = np.random.default_rng(0)
+    images, labels = noise.integers(0, 255, (9, 20, 20, 3), np.uint8), np.arange(9) % 2
+    np.savez(tmp_path / "made.npz", train_images=images, train_labels=labels, class_names=np.array(["a", "b", "c"]))
+    with pytest.warns(UserWarning, match="has no image of class 'c'"):
+        run(tmp_path, real, tmp_path / "made.npz", "--classifiers", "1")
+    assert "9 generated ones of 3 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("made", "words"), [(["a", "x"], r"classes of .*made.* are not those of .*real.*has besides 'x'"), (["a"], None)]
+)
+def test_classes_must_be_the_real_ones(tmp_path, made, words):
+    real = folder(tmp_path / "real", ["a", "b"], 20)
+    folder(tmp_path / "made", made, 5)
+    if words:
+        with pytest.raises(SystemExit, match=words):
+            run(tmp_path, real, tmp_path / "made")
+    else:
+        with pytest.warns(UserWarning, match="no image of class 'b'"):
+            run(tmp_path, real, tmp_path / "made", "--classifiers", "1")
+
+
+def test_what_is_not_there_is_one_line(tmp_path):
+    words = [
+        sys.executable,
+        "-m",
+        "sdgen_lib",
+        "judge",
+        "digits:20",
+        str(tmp_path / "nowhere"),
+        "--runs-dir",
+        str(tmp_path),
+    ]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "nowhere" in result.stderr
