@@ -68,7 +68,7 @@ def learning_curve(
     Of each number of real images a generator of its own learns; x``multiple`` generated images.
     """
     most = max(len(ws.few(count).data.train) for count in counts)
-    values = {str(n): {"images": n, "steps_of": max(1, round(multiple * most / n))} for n in counts}
+    values = {str(n): {"images": n, "steps_of": max(1, round((1 + multiple) * most / n) - 1)} for n in counts}
     known = {"real": Study("real images", REAL_AND_BOTH, values)}
     return studied(known, "real", lambda how: generator_of(ws.few(how.pop("images")), generator), multiple)
 

@@ -16,6 +16,7 @@ from . import figures
 from .tables import compared
 
 Rows = Mapping[tuple[str, str], Mapping[str, Any]]
+MOST_CLASSES = 12  # rows of pictures, of a dataset with more classes
 
 
 def gains(rows: Rows) -> pd.DataFrame:
@@ -50,8 +51,8 @@ def gain_figure(rows: Rows) -> Figure:
 
 
 def extremes(images: Split, score: torch.Tensor, class_names: Sequence[str], name: str, count: int = 8) -> Figure:
-    """Each class's lowest and highest images by a score: ``count`` of each, as pictures."""
-    classes = images.labels.unique().tolist()[: figures.MAX_CLASSES]
+    """Each class's lowest and highest images by a score: ``count`` of each, as pictures; of `MOST_CLASSES` classes."""
+    classes = images.labels.unique().tolist()[:MOST_CLASSES]
     pictures = []
     for label in classes:
         own = (images.labels == label).nonzero()[:, 0]
