@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,25 +20,31 @@ from .parts import PARTS, Found, check_class_names, check_memory, composed, make
 LAYOUT = (*(f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")), "class_names")
 
 
-def read_npz(path: Path) -> Found:
-    """The splits in ``{train,val,test}_images`` and ``_labels``; the val pair may be missing."""
+def read_npz(path: Path, parts: Sequence[str] | None = None, class_names: Sequence[str] | None = None) -> Found:
+    """The splits in ``{train,val,test}_images`` and ``_labels``; the val pair may be missing.
+
+    ``parts``: the splits to read, where those are not all. ``class_names``: the names of a file that has none itself.
+    """
     found = read_arrays(path, LAYOUT)
-    parts = PARTS if {"val_images", "val_labels"} & set(found) else ("train", "test")
+    parts = parts or (PARTS if {"val_images", "val_labels"} & set(found) else ("train", "test"))
     missing = [f"{part}_{kind}" for part in parts for kind in ("images", "labels")]
     missing = [key for key in missing if key not in found]
     if missing:
         with zipfile.ZipFile(path) as archive:
             others = [name.removesuffix(".npy") for name in archive.namelist()]
         has = shown(", ".join(others), 120)[1:-1] or "none"
+        *before, last = [f"{part}_{kind}" for part in parts if part != "val" for kind in ("images", "labels")]
         raise ValueError(
             f"{printable(path)} has no array {', '.join(missing)} (it has {has}); "
-            "it must hold train_images, train_labels, test_images and test_labels, as MedMNIST's files do."
+            f"it must hold {', '.join(before)} and {last}, as MedMNIST's files do."
         )
     arrays = {part: (found[f"{part}_images"], found[f"{part}_labels"]) for part in parts}
     side = arrays["train"][0].shape[1:2]
     for part, (images, labels) in arrays.items():
         _check_images(images, side, f"{printable(path)}: {part}_images")
         _check_labels(labels, len(images), f"{printable(path)}: {part}_labels")
+    if class_names is not None and "class_names" not in found:
+        found["class_names"] = np.array(class_names)
     class_names = _class_names(found.get("class_names"), [labels for _, labels in arrays.values()], path)
     with path.open("rb") as file:
         slug = make_slug(path.stem, hashlib.file_digest(file, "sha256"))

@@ -82,12 +82,15 @@ def load_generated(dataset: str | os.PathLike, data: ImageData, base_dir: Path |
     """Generated images to judge beside ``data``: in its size, with its labels; all of them are for training.
 
     ``dataset``: a path as in `load`. Of splits the training images are taken; of a folder of classes, or a file with
-    training images alone, all. A class of which no image was generated is warned of. Raises as `load`, and ValueError
-    for a class that ``data`` has not.
+    training images alone, all; labels of a file without class names count the classes of ``data``. A class of which no
+    image was generated is warned of. Raises as `load`, and ValueError for a class that ``data`` has not.
     """
     name = os.fspath(dataset)
     _check_arguments(name, None)
-    found, _ = _read(name, data.image_size, base_dir, None)
+    if named.known(name) is None and (path := _find(name, base_dir)).is_file():
+        found = read_npz(path, ("train",), data.class_names)
+    else:
+        found, _ = _read(name, data.image_size, base_dir, None)
     part = found.parts.get("all", found.parts.get("train"))
     if part is None:
         raise ValueError(

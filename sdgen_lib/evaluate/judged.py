@@ -53,13 +53,22 @@ def rows_of(ws: Workspace, generated: Split, tests: Mapping[str, Split] | None =
 
 
 def judged(ws: Workspace, generated: Split, tests: Mapping[str, Split] | None = None) -> Judged:
-    """All of it; rows that are there are not made again. ``generated``: images of the data's size, and its labels."""
-    network, data = quality.judge_of(ws), ws.data
+    """All of it; rows that are there are not made again. ``generated``: images of the data's size, and its labels.
+
+    Neighbourhoods of the whole sets are of `metrics.NEIGHBOURS` images, of fewer where a set is smaller. Raises
+    ValueError for fewer than two real training, real validation or generated images.
+    """
+    data = ws.data
+    counts = {"real training": len(data.train), "real validation": len(data.val), "generated": len(generated)}
+    for kind, count in counts.items():
+        if count < 2:
+            raise ValueError(f"There is {count} {kind} image; to compare sets takes two of each kind at least.")
+    network = quality.judge_of(ws)
     assessment = quality.assess(network, data.train, data.val, generated, data.class_names)
     rows = {name: dict(ws.run.result(step).facts) for name, step in rows_of(ws, generated, tests).items()}
     features = metrics.extractor("resnet20", network)
-    known = features(data.train.images)
+    known, k = features(data.train.images), min(metrics.NEIGHBOURS, *(count - 1 for count in counts.values()))
     whole, held_out = (
-        metrics.compare(known, features(images.images), features.name) for images in (generated, data.val)
+        metrics.compare(known, features(images.images), features.name, k) for images in (generated, data.val)
     )
     return Judged(generated, rows, assessment, whole, held_out)

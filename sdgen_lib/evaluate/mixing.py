@@ -23,7 +23,7 @@ COUNTS = (20, 50, 100, 200, 500, 1000, 2000, 5000)
 def studies(ws: Workspace) -> dict[str, Study]:
     """The studies by name, for a run's sizes. A value may also have "images", how many real ones there are."""
     s, n = ws.settings, len(ws.data.train)
-    ratios = {f"{real}:{made}": {"ratio": (real, made)} for real, made in ((7, 1), (3, 1), (1, 1), (1, 3), (1, 7))}
+    ratios = {f"{real}:{made}": {"ratio": (real, made)} for real, made in ((7, 1), (1, 1), (1, 7))}
     amounts = sorted({1, 2, 3, 5, 10, s.worth_multiple} & set(range(1, s.worth_multiple + 1)))
     counts = [count for count in COUNTS if 2 * ws.data.num_classes <= count < n]
     return {

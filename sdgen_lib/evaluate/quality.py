@@ -118,8 +118,11 @@ def class_quality(
     """One row a class, the one whose images look most like another's first, in percent where it is a share.
 
     ``scores`` and ``of_real`` as in `suspects`. Precision, density, coverage and the Frechet distance are those of the
-    class alone (`metrics.per_class`); a class with k images or fewer has none of them.
+    class alone (`metrics.per_class`), with a smaller k where the smallest class has few real images: balls that reach
+    to the class's last image would hold anything. A class of one image has none of them.
     """
+    fewest = int(torch.bincount(real.labels)[generated.labels.unique()].min())
+    k = min(k, max(1, (fewest - 1) // 2))
     features, wrong = metrics.extractor("resnet20", network), suspects(scores, of_real)
     measured = metrics.per_class(
         features(real.images), features(generated.images), real.labels, generated.labels, features.name, k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,13 +67,12 @@ def extremes(images: Split, score: torch.Tensor, class_names: Sequence[str], nam
 
 def filter_figure(rows: Mapping[str, Mapping[str, Any]], coverage: Mapping[str, float]) -> Figure:
     """Each filter's CAS against the coverage of what it keeps: fidelity is bought with diversity."""
-    figure, ax = figures.new_axes(size=(6, 3.4))
-    for name, row in rows.items():
+    figure, ax = figures.new_axes(size=(7, 3.4))
+    for (name, row), marker in zip(rows.items(), itertools.cycle("osD^vP*X")):
         values = row["test"]
-        ax.errorbar(
-            coverage[name], np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0, fmt="o", capsize=3
-        )
-        ax.annotate(f" {name}", (coverage[name], np.mean(values)), fontsize=8)
+        spread = np.std(values, ddof=1) if len(values) > 1 else 0
+        ax.errorbar(coverage[name], np.mean(values), spread, fmt=marker, capsize=3, label=name)
     figures.percent_axis(ax)
-    ax.set(xlabel="coverage of the real training images", ylabel="CAS (real test images)")
+    ax.set(xlabel="coverage of real images", ylabel="CAS (real test images)")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
