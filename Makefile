@@ -11,16 +11,18 @@ RUNS      = $(or $(RUNS_DIR),runs)
 course:    NOTEBOOKS = $(sort $(wildcard notebooks/0[0-7]_*.ipynb))
 inversion: NOTEBOOKS = $(sort $(wildcard notebooks/0[89]_*.ipynb))
 augmented: NOTEBOOKS = $(sort $(wildcard notebooks/1[01]_*.ipynb))
+mixed:     NOTEBOOKS = $(sort $(wildcard notebooks/1[234]_*.ipynb))
 
 # The environment's own kernel runs the notebooks, even where the user has another one called python3.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help course inversion augmented test test-all lint lab clean
+.PHONY: help course inversion augmented mixed test test-all lint lab clean
 
 help:
 	@echo "make course  run notebooks 00 to 07 and print the tables; DATASET, BACKBONE, RECIPE, SEED, RUNS_DIR to choose"
 	@echo "make inversion  run notebooks 08 and 09 (Diffusion Inversion); the same to choose"
 	@echo "make augmented  run notebooks 10 and 11 (augmented conditioning); the same to choose"
+	@echo "make mixed   run notebooks 12 to 14 (real and generated together, filters, other test sets); the same to choose"
 	@echo "make test    run the tests, and the notebooks of the paper's method in their default size"
 	@echo "make test-all  the same, and the notebooks of the other methods in their default size (half an hour more)"
 	@echo "make lab     open the notebooks in JupyterLab"
@@ -28,7 +30,7 @@ help:
 	@echo "make clean   remove caches and build products; keeps runs/ and the environment"
 	@echo "Each installs what it needs into $(VENV) first (VENV=... for another place)."
 
-course inversion augmented: $(VENV)/.installed
+course inversion augmented mixed: $(VENV)/.installed
 	@mkdir -p "$(RUNS)/executed"
 	@for notebook in $(NOTEBOOKS); do \
 		executed="$(RUNS)/executed/$$(basename $$notebook)"; \

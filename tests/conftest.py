@@ -94,6 +94,7 @@ MICRO = dict(
     augmented_steps=3,
     augmented_tail_largest=5,
     worth_images=20,
+    worth_steps=5,
     worth_multiple=2,
 )
 

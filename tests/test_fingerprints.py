@@ -101,6 +101,8 @@ OTHER = dict(
     augmented_tail_largest=3,
     augmented_study="shots",
     worth_generator="after 1",
+    worth_steps=7,
+    worth_guidance=2.5,
     worth_images=4,
     worth_multiple=2,
     mixing_study="amount",
@@ -210,6 +212,8 @@ HOW |= {
     "augmented_study",
     "augmented_backbone",
     "worth_generator",
+    "worth_steps",
+    "worth_guidance",
     "worth_multiple",
     "mixing_study",
 }  # say how a result is made, and change at most its rounding

@@ -42,8 +42,8 @@ def shown_as_html(notebook: Path) -> list[str]:
     return [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
 
 
-def test_all_twelve_chapters_are_there():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{k:02d}" for k in range(12)]
+def test_all_fifteen_chapters_are_there():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{k:02d}" for k in range(15)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

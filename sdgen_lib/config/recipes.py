@@ -110,6 +110,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         augmented_steps=10,
         augmented_tail_largest=40,
         worth_generator="after 1",
+        worth_steps=15,
+        worth_guidance=1.5,
         worth_images=50,
         worth_multiple=6,
     ),

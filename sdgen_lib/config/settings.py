@@ -580,6 +580,12 @@ class Settings:
         read_by=("how",),
         doc="whose images chapters 12 to 14 take: the paper's after step 1 .. 4, or another method's",
     )
+    worth_steps: int | None = setting(
+        None, low=1, high=1000, read_by=("how",), doc="inference steps of 'after 1' there; None: default_steps"
+    )
+    worth_guidance: float | None = setting(
+        None, low=0.0, high=1000.0, read_by=("how",), doc="guidance scale of 'after 1' there; None: default_guidance"
+    )
     worth_images: int | None = setting(
         None,
         low=1,

@@ -77,6 +77,13 @@ class OwnUnconditional(Protocol):
         """The unconditional condition of each of B images; arguments as a `Conditioner`'s."""
 
 
+class FromRealImages(Protocol):
+    """What a `Conditioner` has beside it that tells each image of real ones."""
+
+    def real_rows(self, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> torch.Tensor:
+        """The rows of the real training images that each of B images is drawn from: int64 (B, 1 or 2)."""
+
+
 def unconditional_of(conditioner: Conditioner, labels: torch.Tensor, indices: torch.Tensor) -> Condition:
     """What guidance moves B images away from: a condition of B images, or of one for all of them (B = 1)."""
     if hasattr(conditioner, "unconditional_of"):

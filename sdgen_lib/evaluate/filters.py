@@ -94,20 +94,25 @@ def filtered_needs(ws: Workspace, source: Source, multiple: int, kept: Filter) -
 
 
 def filtered(ws: Workspace, source: Source, multiple: int, kept: Filter) -> Split:
-    """The synthetic set of ``multiple`` times the real one's size after the filter, made if it is not there.
+    """The synthetic set of ``multiple`` times the real one's size after the filter, made if it is not there."""
+    rows = rows_kept(ws, source, multiple, kept)
+    return synthetic_blocks(ws, source, blocks_of(ws, kept.drawn(multiple))).take(rows)
+
+
+def rows_kept(ws: Workspace, source: Source, multiple: int, kept: Filter) -> torch.Tensor:
+    """Which images of the blocks that are drawn for it the filtered set has: int64 (K,), in order.
 
     Raises ValueError for sets drawn at random (``larger_sets``), whose images have no place of their own.
     """
     if ws.settings.larger_sets != "nested":
         raise ValueError("Filters need larger_sets='nested': of random parts it is not known which image is which.")
     numbers = blocks_of(ws, kept.drawn(multiple))
-    scores = quality.scores_of(ws, source, numbers)
-    whole = synthetic_blocks(ws, source, numbers)
+    labels = block_labels(ws, ws.settings.class_mix)
     most = None
     if kept.redraw:  # as many of each class as the set would have without a filter
-        labels = block_labels(ws, ws.settings.class_mix).repeat(multiple)
-        most = torch.bincount(labels, minlength=ws.data.num_classes)
-    return whole.take(kept.rows(scores, whole.labels, ws.settings.seed, most))
+        most = torch.bincount(labels.repeat(multiple), minlength=ws.data.num_classes)
+    scores = quality.scores_of(ws, source, numbers)
+    return kept.rows(scores, labels.repeat(len(numbers)), ws.settings.seed, most)
 
 
 def set_of(ws: Workspace, source: Source, multiple: int, kept: Filter | None) -> Split:

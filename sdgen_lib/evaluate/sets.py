@@ -11,11 +11,15 @@ import torch
 from ..config.settings import View
 from ..data import Split
 from ..diffusion.generate import balanced_labels
+from ..diffusion.generator import Generator
 from ..machine.seeds import derived
-from ..store import blocks
+from ..store import blocks, files
 from ..store.run import Step
 from ..work.workspace import Source, Workspace
 
+SET, SET_APART = "synthetic", "synthetic x1"  # the names of the sets, which their images' noise is derived from
+RECORDS = "records.safetensors"  # of each image of a block, see `records`
+REAL_IMAGES = ("real_image", "second_real_image")
 APART = 0  # the number of the block that is x1 where larger sets are drawn at random
 
 
@@ -28,7 +32,9 @@ def block_step(ws: Workspace, source: Source, block: int) -> Step:
 
     def make(folder: Path, s: View) -> dict[str, Any]:
         generator, labels = source.build(), block_labels(ws, s.class_mix)
-        set_name, first_index = ("synthetic", (block - 1) * len(labels)) if block else ("synthetic x1", 0)
+        set_name, first_index = (SET, (block - 1) * len(labels)) if block else (SET_APART, 0)
+        if ws.ranks.first:
+            files.save_tensors(folder / RECORDS, records(generator, labels, s.seed, first_index))
 
         def draw(labels: torch.Tensor, first: int) -> torch.Tensor:
             return generator(labels, seed=s.seed, set_name=set_name, first_index=first)
@@ -54,6 +60,19 @@ def block_step(ws: Workspace, source: Source, block: int) -> Step:
         work=lambda: source.passes(len(ws.data.train)),
         together=True,
     )
+
+
+def records(generator: Generator, labels: torch.Tensor, seed: int, first_index: int) -> dict[str, torch.Tensor]:
+    """What is on record of each image of a block with these ``labels``, int64 (N,): int64 (N,) by name.
+
+    "label"; "index": the image's place in its set, from ``first_index``: with the seed and the set's name its noise can
+    be had again; and the rows of the one or two real training images that it was drawn from, `REAL_IMAGES`, where the
+    generator is told of such: whose likeness it may be.
+    """
+    indices = torch.arange(first_index, first_index + len(labels))
+    found = {"label": labels, "index": indices}
+    real_rows = getattr(getattr(generator, "conditioner", None), "real_rows", None)
+    return found | (dict(zip(REAL_IMAGES, real_rows(labels, indices, seed).T)) if real_rows else {})
 
 
 def block_labels(ws: Workspace, class_mix: str) -> torch.Tensor:
@@ -93,8 +112,14 @@ def synthetic(ws: Workspace, source: Source, multiple: int) -> Split:
     s, whole = ws.settings, synthetic_blocks(ws, source, blocks_of(ws, multiple))
     if s.larger_sets == "nested" or multiple == 1:
         return whole
+    return whole.take(random_part(ws, multiple))
+
+
+def random_part(ws: Workspace, multiple: int) -> torch.Tensor:
+    """Which images of its blocks the random set of ``multiple`` times the real one's size has: int64, in its order."""
+    s, n = ws.settings, len(ws.data.train)
     random = torch.Generator().manual_seed(derived(s.seed, "random part", multiple))
-    return whole.take(torch.randperm(len(whole), generator=random)[: multiple * len(ws.data.train)])
+    return torch.randperm(s.max_multiple * n, generator=random)[: multiple * n]
 
 
 def synthetic_blocks(ws: Workspace, source: Source, numbers: Sequence[int]) -> Split:

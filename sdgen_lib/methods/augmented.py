@@ -187,9 +187,12 @@ class AugmentedImages:
         nothing = self.classes.unconditional().context
         return Condition(nothing, torch.zeros(1, 2 * self.encoder.width, device=nothing.device))
 
-    def sources(self, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> torch.Tensor:
-        """The rows of the two real images that each image of a set is drawn from, int64 (B, 2): a mix uses both, the
-        other conditionings the first alone."""
+    def real_rows(self, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> torch.Tensor:
+        """As of `FromRealImages`: of both images where they are mixed, else of the first."""
+        return self.pairs(labels, indices, seed)[:, : 2 if self.how.pixels or self.how.embedding else 1]
+
+    def pairs(self, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> torch.Tensor:
+        """The rows of the two real images that are drawn for each image of a set, int64 (B, 2), mixed or not."""
         pairs = [self.pair(k, random_of(i, seed)) for k, i in zip(labels.tolist(), indices.tolist())]
         return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
@@ -250,9 +253,14 @@ class RealStarts:
     strength: float = 0.75
 
     def __call__(self, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> Condition:
-        rows = [random_row(self.labels, k, random_of(i, seed)) for k, i in zip(labels.tolist(), indices.tolist())]
+        rows = self.real_rows(labels, indices, seed)[:, 0]
         context = self.classes(labels, indices, seed).context
         return Condition(context, start=self.latents[rows], strength=self.strength)
+
+    def real_rows(self, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> torch.Tensor:
+        """As of `FromRealImages`."""
+        rows = [random_row(self.labels, k, random_of(i, seed)) for k, i in zip(labels.tolist(), indices.tolist())]
+        return torch.tensor(rows, dtype=torch.int64)[:, None]
 
     def unconditional(self) -> Condition:
         return self.classes.unconditional()

@@ -162,12 +162,20 @@ class InvertedImages:
         rows = self.rows(labels, indices)
         context = self.vectors[rows]
         if self.interpolation:
-            partners = [self.partner(row, index, seed) for row, index in zip(rows.tolist(), indices.tolist())]
+            partners = self.real_rows(labels, indices, seed)[:, 1]
             context = (1 - self.interpolation) * context + self.interpolation * self.vectors[partners]
         if self.noise:
             noise = image_noise(seed, "noise on a vector", indices.tolist(), context.shape[1:])
             context = context + self.noise * noise.to(context.device)
         return Condition(context)
+
+    def real_rows(self, labels: torch.Tensor, indices: torch.Tensor, seed: int) -> torch.Tensor:
+        """As of `FromRealImages`: the vector's own image, and its partner's where vectors are mixed."""
+        rows = self.rows(labels, indices)
+        if not self.interpolation:
+            return rows[:, None]
+        partners = [self.partner(row, index, seed) for row, index in zip(rows.tolist(), indices.tolist())]
+        return torch.stack([rows, torch.tensor(partners, dtype=torch.int64)], dim=1)
 
     def unconditional(self) -> Condition:
         return Condition(self.unconditional_contexts.mean(0, keepdim=True))

@@ -74,11 +74,12 @@ def dataset_card(
     counts: Mapping[str, int],
     folders: Sequence[str],
     header: Mapping[str, Any],
+    kept: str = "",
 ) -> str:
     """The card of a generated set of ``multiple`` times the real one's size, in folder ``out``.
 
     ``data``: the real images. ``measured``: the rows of the CAS table, by what they are trained on. ``form``: of
-    `formats.WRITERS`. ``counts``: images of each part. ``folders``: the classes' folder names.
+    `formats.WRITERS`. ``counts``: images of each part. ``folders``: the classes' folder names. ``kept``: the filter.
     """
     yaml = DatasetCardData(
         pretty_name=f"{origin.dataset}, drawn by sdgen (x{multiple})",
@@ -89,6 +90,9 @@ def dataset_card(
         **header,
     ).to_yaml()
     mix = "as many of each class" if origin.settings.get("class_mix") == "balanced" else "with its class counts"
+    size = f"{multiple} times the real training set, {mix}."
+    if kept:
+        size = f"what the filter `{kept}` (score, share of each class) kept of a set drawn like the real training set."
     real = "`val` and `test` are **real** images, copied unchanged from the source, to choose and to measure with."
     classes = zip(range(data.num_classes), data.class_names, folders)
     return f"""---
@@ -97,7 +101,7 @@ def dataset_card(
 # {_cell(origin.dataset)}, drawn by a diffusion model
 
 {counts["train"]} **generated** training images of {data.image_size}x{data.image_size} pixels in \
-{data.num_classes} classes: {multiple} times the real training set, {mix}. \
+{data.num_classes} classes: {size} \
 {real if len(counts) > 1 else "No real image is in it."}
 
 {_table(("part", "images"), counts.items())}
@@ -107,6 +111,10 @@ def dataset_card(
 ```
 
 {_method(origin)}
+
+`records.csv` has a row for each generated image, in order: its class number, its place in the set and the set's seed, \
+which together give its starting noise; which real training images it was drawn from, by their rows, if any; and its \
+scores by a classifier of real images, where these were measured.
 
 ## CAS
 

@@ -11,27 +11,47 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..config.messages import shown, unknown_name
 from ..data import ImageData
-from ..evaluate.sets import block_step, blocks_of, synthetic
+from ..evaluate import quality
+from ..evaluate.filters import Filter, rows_kept
+from ..evaluate.sets import (
+    APART,
+    REAL_IMAGES,
+    RECORDS,
+    SET,
+    SET_APART,
+    block_labels,
+    block_step,
+    blocks_of,
+    random_part,
+    synthetic_blocks,
+)
 from ..methods.class_encoder import ROWS, ClassEncoderMethod
 from ..store import blocks, files
 from ..store.run import Result, Step
 from ..work.workspace import Source, Workspace
 from . import cards, generator, origin
-from .formats import WRITERS, Part, folder_names, part_of
+from .formats import WRITERS, Part, folder_names, part_of, write_records
 from .reopen import CHAPTERS, choices, readable, run_path_of, workspace_of
 
 FORMATS = (*WRITERS, "generator")
 
 
 def export(
-    ws: Workspace, source: Source, to: str, out: str | Path, multiple: int | None = None, real: bool = True
+    ws: Workspace,
+    source: Source,
+    to: str,
+    out: str | Path,
+    multiple: int | None = None,
+    real: bool = True,
+    kept: Filter | None = None,
 ) -> Path:
     """Writes what was made with ``source`` into the new folder ``out``; returns its path.
 
@@ -39,23 +59,30 @@ def export(
     MedMNIST's layout), "parquet" (Hugging Face ``datasets``, images and class labels typed) or "generator" (the model
     itself: `sdgen_lib.load`). ``multiple``: the set of so many times the real one's size, exactly that of
     `evaluate.sets.synthetic` (None: the largest that is finished). ``real``: with the real validation and test images
-    beside it. Nothing is made that is not there.
-    Raises ValueError for an unknown format or a generator that cannot be saved, FileExistsError if ``out`` is there,
-    and FileNotFoundError if the run has not come so far; says which chapter makes what is missing.
+    beside it. ``kept``: a filter of the generated images. Of a set, ``records.csv`` has a row for each generated image.
+    Nothing is drawn that is not there; what a filter needs to know of the images is measured.
+    Raises ValueError for an unknown format, a generator that cannot be saved and a filter where it cannot be,
+    FileExistsError if ``out`` is there, and FileNotFoundError if the run has not come so far; says which chapter makes
+    what is missing.
     """
     if to not in FORMATS:
         raise unknown_name("format", to, FORMATS)
     out = Path(out).expanduser().absolute()
     if to == "generator":
+        if kept:
+            raise ValueError(f"A filter chooses images, and a generator is none: leave {shown(str(kept))} out.")
         _check_finished(ws, source.step.needs)
     else:
-        multiple = _largest(ws, source) if multiple is None else multiple
-        found = _blocks(ws, source, multiple)
+        if multiple is None:
+            largest = _largest(ws, source)
+            multiple = max(1, int(largest * kept.keep + 1e-9)) if kept and kept.redraw else largest
+        found = _blocks(ws, source, kept.drawn(multiple) if kept else multiple)
+        generated = _generated(ws, source, multiple, found, kept)
     with files.whole_folder(out) as folder:
         if to == "generator":
             card = _write_generator(ws, source, folder, out.name)
         else:
-            card = _write_set(ws, source, to, folder, out.name, multiple, found, real)
+            card = _write_set(ws, source, to, folder, out.name, multiple, found[0], generated, real, kept)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
@@ -120,16 +147,26 @@ def _write_generator(ws: Workspace, source: Source, folder: Path, name: str) -> 
 
 
 def _write_set(
-    ws: Workspace, source: Source, to: str, folder: Path, name: str, multiple: int, found: Sequence[Result], real: bool
+    ws: Workspace,
+    source: Source,
+    to: str,
+    folder: Path,
+    name: str,
+    multiple: int,
+    block: Result,
+    generated: tuple[Part, Mapping[str, np.ndarray]],
+    real: bool,
+    kept: Filter | None,
 ) -> str:
-    """Writes the synthetic set that the blocks ``found`` make; returns its card."""
-    parts = {"train": _generated(ws, source, multiple, found)}
+    """Writes the ``generated`` images with their records, of which ``block`` is the first; returns their card."""
+    parts, records = {"train": generated[0]}, generated[1]
     if real:
         parts |= {"val": part_of(ws.data.val), "test": part_of(ws.data.test)}
     header = WRITERS[to](ws.data, folder, parts)
-    row = origin.cas_of_set(ws, source, multiple)
+    write_records(folder, ws.data, records, in_folders=to == "folder")
+    row = None if kept else origin.cas_of_set(ws, source, multiple)
     return cards.dataset_card(
-        origin.of_set(ws, source, multiple, found[0]),
+        origin.of_set(ws, source, multiple, block),
         ws.data,
         {f"generated, x{multiple}": row, "real": origin.cas_of_real(ws, source, row)},
         form=to,
@@ -138,21 +175,48 @@ def _write_set(
         counts={part: content.count for part, content in parts.items()},
         folders=folder_names(ws.data.class_names),
         header=header,
+        kept=str(kept) if kept else "",
     )
 
 
-def _generated(ws: Workspace, source: Source, multiple: int, found: Sequence[Result]) -> Part:
-    """The images of `evaluate.sets.synthetic`; of nested sets one block at a time is in memory."""
+def _generated(
+    ws: Workspace, source: Source, multiple: int, found: Sequence[Result], kept: Filter | None
+) -> tuple[Part, dict[str, np.ndarray]]:
+    """The images of `evaluate.filters.set_of`, and their records; of whole sets one block at a time is in memory."""
 
     def in_turn() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for result in found:
             yield _read_block(result.folder / blocks.BLOCK, ws.data)
 
-    if len(found) > 1 and ws.settings.larger_sets == "random":
-        for _ in in_turn():  # each is looked at before all are unpacked
-            pass
-        return part_of(synthetic(ws, source, multiple))
-    return Part(multiple * len(ws.data.train), len(found), in_turn)
+    records, rows = _records(ws, source, found), None
+    if kept:
+        rows = rows_kept(ws, source, multiple, kept)
+    elif len(found) > 1 and ws.settings.larger_sets == "random":
+        rows = random_part(ws, multiple)
+    if rows is None:
+        return Part(multiple * len(ws.data.train), len(found), in_turn), records
+    for _ in in_turn():  # each is looked at before all are unpacked
+        pass
+    images = synthetic_blocks(ws, source, [result.record["inputs"]["block"] for result in found]).take(rows)
+    return part_of(images), {name: column[rows.numpy()] for name, column in records.items()}
+
+
+def _records(ws: Workspace, source: Source, found: Sequence[Result]) -> dict[str, np.ndarray]:
+    """The records of finished blocks, one after the other, by name; with each image's scores where all have them."""
+    labels, tables = block_labels(ws, ws.settings.class_mix), []
+    for result in found:
+        number = result.record["inputs"]["block"]
+        table = {"label": labels, "index": torch.arange(len(labels)) + max(0, number - 1) * len(labels)}
+        scores = ws.run.peek(quality.scores_step(ws, source, number))
+        for path in (result.folder / RECORDS, *([scores.folder / quality.TABLE] if scores else [])):
+            table = (files.load_tensors(path) if path.is_file() else {}) | table  # an earlier version had no RECORDS
+        tables.append(table)
+    known = [n for n in ("label", "index", *REAL_IMAGES, *quality.SCORES) if all(n in table for table in tables)]
+    if any(table[name].shape != labels.shape for table in tables for name in known):
+        raise ValueError(f"A {RECORDS} or {quality.TABLE} in {ws.run.path} has not a row for each image.")
+    said = {"method": source.name, "seed": ws.settings.seed, "set": SET_APART if number == APART else SET}
+    whole = {name: np.full(len(tables) * len(labels), value) for name, value in said.items()}
+    return whole | {name: torch.cat([table[name] for table in tables]).numpy() for name in known}
 
 
 def _read_block(path: Path, data: ImageData) -> tuple[np.ndarray, np.ndarray]:
@@ -190,8 +254,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.run_folder, args.to, args.row, dataset=args.dataset, backbone=args.backbone, result=args.result
         )
         source = ClassEncoderMethod(ws).source(args.row)
+        kept = Filter.parse(args.filter) if args.filter else None
         with readable(ws.run.path):  # the card looks at the other results, too
-            out = export(ws, source, args.to, args.out, args.multiple, not args.generated_only)
+            out = export(ws, source, args.to, args.out, args.multiple, not args.generated_only, kept)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
     print(f"Written to {out}; its README.md says what it is and how to load it.")
@@ -204,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=FORMATS, help="what to take away, and in which format")
     parser.add_argument("--multiple", type=int, help="the set of so many times the real one's size (default: largest)")
     parser.add_argument("--generated-only", action="store_true", help="leave the real validation and test images out")
+    parser.add_argument("--filter", metavar="TEXT", help="which images to keep, as in confidence:0.5 (chapter 13)")
     parser.add_argument("--row", default=ROWS[-1], choices=ROWS, help=f"whose generator (default: {ROWS[-1]})")
     parser.add_argument("--result", metavar="FINGERPRINT", help="one of --list (default: the newest)")
     parser.add_argument("--list", action="store_true", help="show what there is, and in what it is unlike its recipe")

@@ -5,6 +5,7 @@ Each is written block by block: a set may be larger than the memory.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import json
@@ -128,6 +129,22 @@ def _png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="png")
     return file.getvalue()
+
+
+def write_records(folder: Path, data: ImageData, records: Mapping[str, np.ndarray], in_folders: bool) -> None:
+    """``records.csv``: a row for each generated image, in the order of the set, numbered from 1.
+
+    ``records``: (N,) by name. ``in_folders``: with the path of each image's file, as `write_folder` names it.
+    """
+    names, count = folder_names(data.class_names), len(next(iter(records.values())))
+    with (folder / "records.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["number", *(["file"] if in_folders else []), *records])
+        for k, row in enumerate(zip(*(column.tolist() for column in records.values()))):
+            cells = [f"{value:.5g}" if isinstance(value, float) else value for value in row]
+            label = records["label"][k] if in_folders else 0
+            path = [f"train/{names[label]}/{k + 1:0{len(str(count))}d}.png"] if in_folders else []
+            table.writerow([k + 1, *path, *cells])
 
 
 # (data, which names the classes; an empty folder; the parts by name) -> more lines for the card's header

@@ -69,7 +69,8 @@ def test_every_setting_but_the_projects_own_has_a_source():
         *("optimizer", "compile_unet", "gradient_checkpointing", "keep_unets", "sample_batch_size", "default_steps"),
         *("default_guidance", "classifier_epoch_images", "classifier_epoch_limit", "classifier_seeds"),
         *("rescoring_classifiers", "rescoring_images", "inversion_study", "augmented_study"),
-        *("worth_generator", "worth_images", "worth_multiple", "mixing_study", "shifted_to"),
+        *("worth_generator", "worth_steps", "worth_guidance", "worth_images", "worth_multiple", "mixing_study"),
+        "shifted_to",
     }
     assert {name for name, field in FIELDS.items() if field.metadata["source"]} == set(FIELDS) - ours
     assert not set(RECIPES["released"]) & ours
@@ -129,7 +130,7 @@ OF_TOPICS = {
     "how": {
         *("runs_dir", "storage", "recipe", "sample_batch_size", "compile_unet", "gradient_checkpointing"),
         *("keep_unets", "given", "inversion_study", "augmented_study", "augmented_backbone"),
-        *("worth_generator", "worth_multiple", "mixing_study"),
+        *("worth_generator", "worth_steps", "worth_guidance", "worth_multiple", "mixing_study"),
     },
 }
 

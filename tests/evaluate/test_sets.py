@@ -3,8 +3,9 @@
 import types
 
 import pytest
+import torch
 
-from sdgen_lib.evaluate.sets import APART, blocks_of
+from sdgen_lib.evaluate.sets import APART, blocks_of, records
 
 
 def workspace(larger_sets):
@@ -26,3 +27,12 @@ def test_a_random_set_is_never_smaller_than_was_asked_for():
 def test_a_set_is_at_least_as_large_as_the_real_one(larger_sets, multiple):
     with pytest.raises(ValueError, match="1 or more times the real one"):
         blocks_of(workspace(larger_sets), multiple)
+
+
+def test_a_record_names_the_real_images_where_the_generator_is_told_of_some():
+    labels = torch.tensor([0, 1, 1])
+    plain = records(types.SimpleNamespace(conditioner=object()), labels, 0, 30)
+    assert list(plain) == ["label", "index"] and plain["index"].tolist() == [30, 31, 32]
+    told = types.SimpleNamespace(real_rows=lambda labels, indices, seed: torch.stack([indices + seed, labels], dim=1))
+    found = records(types.SimpleNamespace(conditioner=told), labels, 7, 30)
+    assert found["real_image"].tolist() == [37, 38, 39] and found["second_real_image"].tolist() == [0, 1, 1]

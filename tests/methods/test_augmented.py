@@ -44,7 +44,7 @@ LABELS, INDICES = torch.tensor([0, 1, 1, 0, 1, 0]), torch.arange(6)
 
 def told_of(how, **changes):
     made = conditioner(how, **changes)
-    return made, made(LABELS, INDICES, 5), made.sources(LABELS, INDICES, 5)
+    return made, made(LABELS, INDICES, 5), made.pairs(LABELS, INDICES, 5)
 
 
 def test_the_names_are_the_settings_choices():
@@ -60,10 +60,18 @@ def test_random_image_is_the_embedding_of_an_image_of_the_class():
     assert (told.embedding[:, DIM:] == 1).all()  # noise level 0, as `Means` states it
 
 
+def test_the_real_images_on_record_are_those_that_are_told_of():
+    made, told, pairs = told_of(PAPER["random image"])
+    rows = made.real_rows(LABELS, INDICES, 5)
+    assert rows.shape == (6, 1) and torch.equal(told.embedding[:, :DIM], made.embeddings[rows[:, 0]])
+    mixed = conditioner(PAPER["cutmix"]).real_rows(LABELS, INDICES, 5)
+    assert torch.equal(mixed, pairs)
+
+
 def test_every_image_of_a_class_takes_its_turn():
     made = conditioner(PAPER["random image"])
     many = torch.zeros(400, dtype=torch.int64)
-    counts = torch.bincount(made.sources(many, torch.arange(400), 0)[:, 0], minlength=8)
+    counts = torch.bincount(made.pairs(many, torch.arange(400), 0)[:, 0], minlength=8)
     assert (counts[1::2] == 0).all() and counts[::2].min() > 70
 
 
@@ -81,7 +89,7 @@ def test_shares_are_uniform():
     """Beta(1, 1), as released."""
     made = conditioner(PAPER["embedding mixup"], n=2)  # an image's partner is the other one
     many, indices = torch.zeros(2000, dtype=torch.int64), torch.arange(2000)
-    told, pairs = made(many, indices, 0).embedding[:, 0], made.sources(many, indices, 0)
+    told, pairs = made(many, indices, 0).embedding[:, 0], made.pairs(many, indices, 0)
     one, other = made.embeddings[pairs[:, 0], 0], made.embeddings[pairs[:, 1], 0]
     share = ((told - other) / (one - other)).sort().values
     assert (share - torch.linspace(0, 1, 2000)).abs().max() < 0.04  # Kolmogorov-Smirnov's 99 % is 0.036
@@ -214,7 +222,7 @@ def test_a_class_of_one_image_is_mixed_with_itself_and_of_none_is_refused():
 
 def test_pictures_of_what_is_mixed():
     made = conditioner(PAPER["cutmix"])
-    shown, pairs = made.mixed_pixels(LABELS, INDICES, 5), made.sources(LABELS, INDICES, 5)
+    shown, pairs = made.mixed_pixels(LABELS, INDICES, 5), made.pairs(LABELS, INDICES, 5)
     for image, (first, second) in zip(shown, pairs.tolist(), strict=True):
         assert set(image.unique().tolist()) <= {10 * first, 10 * second}
     torch.testing.assert_close(made.encoder.embeddings(shown), made(LABELS, INDICES, 5).embedding[:, :DIM])

@@ -118,6 +118,15 @@ def inverted(labels, groups=None, **changes):
     return InvertedImages(vectors, labels, groups, away, torch.zeros(n, dtype=torch.int64), int(max(labels)) + 1, **how)
 
 
+def test_the_real_images_on_record_are_those_whose_vectors_are_mixed():
+    labels, indices = torch.tensor([0, 0, 0, 1, 1, 1]), torch.arange(6)
+    alone, mixing = inverted(labels), inverted(labels, interpolation=0.25)
+    rows = mixing.real_rows(labels, indices, 3)
+    assert torch.equal(rows[:, :1], alone.real_rows(labels, indices, 3)) and (rows[:, 0] != rows[:, 1]).all()
+    expected = 0.75 * mixing.vectors[rows[:, 0]] + 0.25 * mixing.vectors[rows[:, 1]]
+    torch.testing.assert_close(mixing(labels, indices, 3).context, expected)
+
+
 @pytest.mark.parametrize("counts", [(7, 7), (20, 20), (10, 30), (3, 8, 12, 6), (20,) * 10])
 def test_as_many_images_as_vectors_take_each_of_them_once(counts):
     """In a block with the real class counts, whichever it is, and in a set that is uniform over the classes."""

@@ -1,5 +1,6 @@
 """What is taken away, read back by the libraries it is meant for; and which run's results they are."""
 
+import csv
 import dataclasses
 import io
 import json
@@ -17,11 +18,14 @@ import pytest
 import small as small_run
 import strange_names
 import torch
+from PIL import Image
 
 from sdgen_lib import data
 from sdgen_lib.config.settings import resolve
 from sdgen_lib.data import Split
 from sdgen_lib.diffusion import weights
+from sdgen_lib.evaluate import quality
+from sdgen_lib.evaluate.filters import Filter
 from sdgen_lib.evaluate.sets import block_step, synthetic
 from sdgen_lib.share import export, generator
 from sdgen_lib.share.formats import folder_names, write_parquet
@@ -216,7 +220,7 @@ def test_a_set_of_another_generator_is_not_taken(small, prompts, tmp_path):
 def test_one_block_is_in_memory_at_a_time(small, prompts, tmp_path, monkeypatch):
     ws, opened = small(tmp_path / "runs").workspace, []
     synthetic(ws, prompts(ws), 3)
-    monkeypatch.setattr(export, "synthetic", None)
+    monkeypatch.setattr(export, "synthetic_blocks", None)
 
     class Counted(zipfile.ZipFile):
         def __init__(self, path, *how):
@@ -227,6 +231,58 @@ def test_one_block_is_in_memory_at_a_time(small, prompts, tmp_path, monkeypatch)
     monkeypatch.setattr(zipfile, "ZipFile", Counted)
     export.export(ws, prompts(ws), "npz", tmp_path / "out")
     assert opened == ["block_01", "block_02", "block_03"]
+
+
+# --- a row for each image ---
+
+
+def records_of(folder) -> list[dict[str, str]]:
+    with (folder / "records.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("to", ["folder", "npz", "parquet"])
+def test_each_image_can_be_drawn_again_from_its_record(taken, course, expected, to):
+    rows = records_of(taken[to])
+    assert [int(row["number"]) for row in rows] == list(range(1, 1 + len(expected["train"])))
+    assert [int(row["label"]) for row in rows] == expected["train"].labels.tolist()
+    generator = course.source().build()
+    for k in (0, len(rows) - 1):
+        row = rows[k]
+        again = generator(
+            [int(row["label"])], seed=int(row["seed"]), set_name=row["set"], first_index=int(row["index"])
+        )
+        assert (again[0].int() - expected["train"].images[k].int()).abs().max() <= 1  # alone, not in its batch
+        if to == "folder":
+            assert np.array_equal(
+                np.array(Image.open(taken[to] / row["file"])).transpose(2, 0, 1), expected["train"].images[k]
+            )
+
+
+def test_a_filter_keeps_whole_classes_best_images(small, prompts, tmp_path):
+    ws = small(tmp_path / "runs").workspace
+    source, n = prompts(ws), len(ws.data.train)
+    drawn = synthetic(ws, source, 2)
+    out = export.export(ws, source, "npz", tmp_path / "out", kept=Filter("confidence", 0.5, redraw=True))
+    rows, scores = records_of(out), quality.scores_of(ws, source, [1, 2])["confidence"]
+    assert len(rows) == n and sorted(int(row["label"]) for row in rows) == ws.data.train.labels.sort().values.tolist()
+    kept = [int(row["index"]) for row in rows]
+    assert same(train_of(out), drawn.take(kept))
+    for label in range(ws.data.num_classes):
+        own = set((drawn.labels == label).nonzero()[:, 0].tolist())
+        assert scores[sorted(own & set(kept))].min() >= scores[sorted(own - set(kept))].max()
+    assert (
+        "confidence:0.5:redraw" in (out / "README.md").read_text() and "not measured" in (out / "README.md").read_text()
+    )
+    assert float(rows[0]["confidence"]) == pytest.approx(float(scores[kept[0]]), rel=1e-4)
+
+
+def test_a_filter_that_cannot_be(course, tmp_path):
+    with pytest.raises(ValueError, match="a generator is none: leave 'confidence:0.5' out"):
+        export.export(course.workspace, course.source(), "generator", tmp_path / "out", kept=Filter("confidence", 0.5))
+    with pytest.raises(FileNotFoundError, match=r"holds x1 \.\. x2 of this"):
+        kept = Filter("confidence", 0.25, redraw=True)
+        export.export(course.workspace, course.source(), "npz", tmp_path / "out", 1, kept=kept)
 
 
 # --- what is asked for ---
