@@ -34,11 +34,14 @@ class Attack:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("epsilon", "step"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} is {value!r}; it must be a number of grey levels of 0..255.")
         if not 0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon is {self.epsilon}; it must be 0 or more, in grey levels of 0..255.")
         if not 0 < self.step < math.inf and self.epsilon:
             raise ValueError(f"step is {self.step}; it must be above 0, in grey levels of 0..255.")
-        if self.steps < 1:
+        if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be a whole number from 1.")
 
     def __call__(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +318,31 @@ def _some(reasons: dict[Path, Exception], root: Path) -> str:
     """The first five of the files with the reasons, and how many more there are."""
     some = [f"{_cut(printable(f.relative_to(root)), 80)} ({reason(reasons[f], 80)})" for f in list(reasons)[:5]]
     return ", ".join(some) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+
+
+# --- folders that this package writes ---
+
+
+def folder_names(class_names: Sequence[str]) -> list[str]:
+    """Class names as folder names on any system, all different, and sorted as the classes are numbered.
+
+    `ImageFolder` numbers classes by the sorted names of their folders: where that would be another order, or two names
+    would be one on some system, or a name is not allowed there, all get their number in front.
+    """
+    names = []
+    for name in class_names:
+        plain = re.sub(r"[^\w .+-]+", "-", unicodedata.normalize("NFC", name)).strip(" .-")
+        names.append(plain.encode()[:80].decode(errors="ignore").rstrip(" .-"))
+    folded = [name.casefold() for name in names]
+    reserved = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I)  # no file of Windows may be called so
+    fine = names == sorted(names) and len(set(folded)) == len(names)
+    if fine and all(name and not reserved.fullmatch(name) for name in names):
+        return names
+    digits = len(str(len(names) - 1))
+    return [f"{i:0{digits}d}_{name}".rstrip("_") for i, name in enumerate(names)]
+
+
+def only_train(path: Path) -> Path:
+    """The folder train/ of one that holds nothing else but files, if that holds the classes; else the folder itself."""
+    folders = _folders(path)
+    return folders[0] if [f.name for f in folders] == ["train"] and _folders(folders[0]) else path

@@ -184,7 +184,7 @@ def matched(data: ImageData, name: str, class_names: Sequence[str], split: Split
         theirs = ours
     lacking, more = ([n for n in a if n not in set(b)] for a, b in ((ours, theirs), (theirs, ours)))
     if more or (lacking and all_of_them):
-        found = [f"{what} {_listed(names)}" for what, names in (("lacks", lacking), ("has besides", more)) if names]
+        found = [f"{what} {listed(names)}" for what, names in (("lacks", lacking), ("has besides", more)) if names]
         raise ValueError(
             f"The classes of {printable(shown(name))} are not those of {printable(shown(data.name))}: it "
             f"{' and '.join(found)}; give a dataset with the same class names, or two without names of their own."
@@ -198,6 +198,6 @@ def _are_numbers(names: Sequence[str]) -> bool:
     return any(list(names) == [f"{before}{i}" for i in range(len(names))] for before in ("", "class "))
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - SOME} more" if len(names) > SOME else ""
     return ", ".join(repr(printable(name)) for name in names[:SOME]) + more

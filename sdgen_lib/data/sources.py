@@ -15,11 +15,11 @@ import torch
 
 from ..config.messages import printable, shown, unknown_name
 from . import named, splits
-from .folders import read_folder
+from .folders import folder_names, only_train, read_folder
 from .images import ImageData, Split, resize
 from .npz import read_npz
 from .parts import Found, Parts, check_memory
-from .shifts import matched
+from .shifts import listed, matched
 
 DIGITS_SIZE, FOLDER_SIZE = 16, 32  # pixels
 IMAGE_SIZES = range(8, 1025)
@@ -81,26 +81,37 @@ def load(
 def load_generated(dataset: str | os.PathLike, data: ImageData, base_dir: Path | None = None) -> Split:
     """Generated images to judge beside ``data``: in its size, with its labels; all of them are for training.
 
-    ``dataset``: a path as in `load`. Of splits the training images are taken; of a folder of classes, or a file with
-    training images alone, all; labels of a file without class names count the classes of ``data``. A class of which no
-    image was generated is warned of. Raises as `load`, and ValueError for a class that ``data`` has not.
+    ``dataset``: a path as in `load`, without ``:N``. Of splits the training images are taken; of a folder of classes,
+    of one that holds train/ alone, and of a file with training images alone, all. Labels of a file without class names
+    count the classes of ``data``; folders may be called as `folder_names` calls its classes. A class of which no image
+    was generated is warned of. Raises as `load`, and ValueError for a class that ``data`` has not.
     """
     name = os.fspath(dataset)
     _check_arguments(name, None)
-    if named.known(name) is None and (path := _find(name, base_dir)).is_file():
+    if (count := split_count(name, base_dir)[1]) is not None:
+        raise ValueError(f"{shown(name)}: all generated images are judged; leave :{count} out.")
+    if named.known(name) is not None:
+        found, _ = _read(name, data.image_size, base_dir, None)
+    elif (path := _find(name, base_dir)).is_file():
         found = read_npz(path, ("train",), data.class_names)
     else:
-        found, _ = _read(name, data.image_size, base_dir, None)
+        found = read_folder(only_train(path), data.image_size)
+        theirs = dict(zip(folder_names(data.class_names), data.class_names))
+        if set(found.class_names) <= set(theirs):
+            found = replace(found, class_names=tuple(theirs[name] for name in found.class_names))
     part = found.parts.get("all", found.parts.get("train"))
     if part is None:
         raise ValueError(
             f"{name!r} has no training images: put the generated images into train/, or into class folders."
         )
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
     _check_grey({"train": part}, name)
+    check_memory(len(part[0]) * 3 * data.image_size**2)
     split = matched(data, name, found.class_names, splits.to_split(*part), all_of_them=False)
     missing = [data.class_names[k] for k in set(range(data.num_classes)) - set(split.labels.tolist())]
     if missing:
-        warnings.warn(f"{printable(name)} has no image of class {', '.join(map(repr, missing[:5]))}.", stacklevel=2)
+        warnings.warn(f"{printable(name)} has no image of class {listed(missing)}.", stacklevel=2)
     return split
 
 

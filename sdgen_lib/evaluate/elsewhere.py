@@ -12,8 +12,9 @@ import numpy as np
 
 from ..classify import ATTACKS, Attack
 from ..config.messages import unknown_name
-from ..data import Split
-from ..data.shifts import CORRUPTIONS, SEVERITIES, corrupted
+from ..data import Split, load
+from ..data.shifts import CORRUPTIONS, SEVERITIES, corrupted, same_classes
+from ..data.sources import IMAGE_SIZES, checkout
 from ..work.workspace import Source, Workspace
 from .worth import worth
 
@@ -26,12 +27,18 @@ def name_at(corruption: str, severity: int) -> str:
     return f"{corruption} {severity}"
 
 
+def shifted_set(ws: Workspace, dataset: str) -> Split:
+    """The test images of another dataset of the same classes, a name or path as of `data.load`, in the data's size."""
+    size = ws.data.image_size if ws.data.image_size in IMAGE_SIZES else None
+    return same_classes(ws.data, load(dataset, size, base_dir=checkout()))
+
+
 def shifted_tests(
     ws: Workspace, shifted_to: Mapping[str, Split] | None = None, severities: Sequence[int] = TESTED
 ) -> dict[str, Split]:
     """The data's test images under every corruption of `data.shifts`, at each of the ``severities``, and other sets.
 
-    ``shifted_to``: these, by names of their own, see `data.shifts.same_classes`. The corruptions' random numbers depend
+    ``shifted_to``: these, by names of their own, see `shifted_set`. The corruptions' random numbers depend
     on the run's seed. Raises ValueError for a severity that is not 1 to 5, or a name that a corruption or the data's
     own test images have.
     """
@@ -42,7 +49,10 @@ def shifted_tests(
     }
     reserved = {"test", *CORRUPTIONS, *(name_at(name, severity) for name in CORRUPTIONS for severity in SEVERITIES)}
     if taken := sorted(reserved & set(shifted_to or {})):
-        raise ValueError(f"shifted_to has a set called {taken[0]!r}, which is another set's name: give it its own.")
+        raise ValueError(
+            f"A test set is called {taken[0]!r}, as a corruption or the data's own test images are: give it another "
+            f"name (of a folder, './{taken[0]}')."
+        )
     return tests | dict(shifted_to or {})
 
 

@@ -20,6 +20,7 @@ from . import quality
 from .quality import SCORES
 from .sets import block_labels, blocks_of, synthetic, synthetic_blocks
 
+LEAST = 0.001  # of the images: a filter that draws again draws up to a thousand times as many
 RANDOM = "random"  # the control: as many images, chosen without looking
 
 
@@ -30,7 +31,7 @@ class Filter:
     ``redraw``: so many more are drawn that as many are left as without a filter; else the rest is dropped, and the set
     is smaller. ``worst``: keep the other end, to see what a score is about.
     Written as text it is "confidence:0.5", with ":redraw" and ":worst" after it; `parse` reads that. Raises ValueError
-    for an unknown score, and for a share that is not above 0 and at most 1.
+    for an unknown score, and for a share that is not from `LEAST` to 1.
     """
 
     by: str
@@ -41,11 +42,16 @@ class Filter:
     def __post_init__(self):
         if self.by not in (*SCORES, RANDOM):
             raise unknown_name("score", self.by, (*SCORES, RANDOM))
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"A filter keeps a share above 0 and at most 1 of the images, not {shown(self.keep)}.")
+        if not LEAST <= self.keep <= 1:
+            raise ValueError(f"A filter keeps a share from {LEAST} to 1 of the images, not {shown(self.keep)}.")
 
     def __str__(self) -> str:
-        return f"{self.by}:{self.keep:g}" + ":redraw" * self.redraw + ":worst" * self.worst
+        short = f"{self.keep:g}"
+        return (
+            f"{self.by}:{short if float(short) == self.keep else self.keep}"
+            + ":redraw" * self.redraw
+            + ":worst" * self.worst
+        )
 
     @classmethod
     def parse(cls, text: str) -> Filter:
@@ -65,19 +71,25 @@ class Filter:
 
     def drawn(self, multiple: int) -> int:
         """How many times the real set's size has to be drawn for a set of ``multiple`` times."""
-        return math.ceil(multiple / self.keep) if self.redraw else multiple
+        return self._looked_at(multiple) if self.redraw else multiple
+
+    def _looked_at(self, count: int) -> int:
+        """Of how many images ``count`` are the share to keep, rounded up (1e-9: 21 / 0.7 is 30)."""
+        return math.ceil(count / self.keep - 1e-9)
 
     def rows(self, scores: Mapping[str, torch.Tensor], labels: torch.Tensor, seed: int = 0, most=None) -> torch.Tensor:
         """The rows of the images to keep: int64 (K,), in order; at least one of each class.
 
         ``scores``: float (M,) by name; those of a class that are equal are kept in the order of the set. ``labels``:
-        int64 (M,). ``seed``: of "random". ``most``: how many of each class are kept, int64 (C,); None: the share.
+        int64 (M,). ``seed``: of "random". ``most``: how many of each class are kept, int64 (C,), of so many of its
+        first images that this is the share; None: the share of all.
         """
         by = self._scores(scores, labels, seed)
         kept = []
         for label in labels.unique().tolist():
             own = (labels == label).nonzero()[:, 0]
             count = max(1, round(self.keep * len(own))) if most is None else int(most[label])
+            own = own if most is None else own[: self._looked_at(count)]
             kept.append(own[by[own].argsort(descending=True, stable=True)[:count]])
         return torch.cat(kept).sort().values
 
@@ -89,7 +101,9 @@ class Filter:
 
 
 def filtered_needs(ws: Workspace, source: Source, multiple: int, kept: Filter) -> tuple[Step, ...]:
-    """The steps that a filtered set of ``multiple`` times the real one's size is made of."""
+    """The steps that a filtered set of ``multiple`` times the real one's size is made of; raises as `rows_kept`."""
+    if ws.settings.larger_sets != "nested":
+        raise ValueError("Filters need larger_sets='nested': of random parts it is not known which image is which.")
     return tuple(quality.scores_step(ws, source, block) for block in blocks_of(ws, kept.drawn(multiple)))
 
 
@@ -104,8 +118,7 @@ def rows_kept(ws: Workspace, source: Source, multiple: int, kept: Filter) -> tor
 
     Raises ValueError for sets drawn at random (``larger_sets``), whose images have no place of their own.
     """
-    if ws.settings.larger_sets != "nested":
-        raise ValueError("Filters need larger_sets='nested': of random parts it is not known which image is which.")
+    filtered_needs(ws, source, multiple, kept)
     numbers = blocks_of(ws, kept.drawn(multiple))
     labels = block_labels(ws, ws.settings.class_mix)
     most = None

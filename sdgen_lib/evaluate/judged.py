@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..classify import Mixture
 from ..data import Split
 from ..store.run import Step
@@ -20,7 +22,8 @@ AUGMENTATION = "randaugment"  # what generated images have to beat
 @dataclasses.dataclass(frozen=True)
 class Judged:
     """What is known of a generated set: ``rows`` as `rows.accuracies` gives them, by name; the ``assessment`` of each
-    image and class; ``whole`` and ``held_out``: `metrics.compare` of the set, and of real validation images."""
+    image and class; ``whole`` and ``held_out``: `metrics.compare` of generated images, and of as many real validation
+    images: the measures depend on how many there are."""
 
     generated: Split
     rows: Mapping[str, Mapping[str, Any]]
@@ -68,7 +71,10 @@ def judged(ws: Workspace, generated: Split, tests: Mapping[str, Split] | None = 
     rows = {name: dict(ws.run.result(step).facts) for name, step in rows_of(ws, generated, tests).items()}
     features = metrics.extractor("resnet20", network)
     known, k = features(data.train.images), min(metrics.NEIGHBOURS, *(count - 1 for count in counts.values()))
-    whole, held_out = (
-        metrics.compare(known, features(images.images), features.name, k) for images in (generated, data.val)
-    )
+    count, random = min(len(generated), len(data.val)), torch.Generator()
+    parts = [
+        images.take(torch.randperm(len(images), generator=random.manual_seed(ws.settings.seed))[:count])
+        for images in (generated, data.val)
+    ]
+    whole, held_out = (metrics.compare(known, features(part.images), features.name, k) for part in parts)
     return Judged(generated, rows, assessment, whole, held_out)

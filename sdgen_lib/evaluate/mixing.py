@@ -67,8 +67,9 @@ def learning_curve(
 
     Of each number of real images a generator of its own learns; x``multiple`` generated images.
     """
-    most = max(len(ws.few(count).data.train) for count in counts)
-    values = {str(n): {"images": n, "steps_of": max(1, round((1 + multiple) * most / n) - 1)} for n in counts}
+    sizes = {count: len(ws.few(count).data.train) for count in counts}
+    most = multiple * max(sizes.values())
+    values = {str(count): {"images": count, "steps_of": most / size} for count, size in sizes.items()}
     known = {"real": Study("real images", REAL_AND_BOTH, values)}
     return studied(known, "real", lambda how: generator_of(ws.few(how.pop("images")), generator), multiple)
 

@@ -96,7 +96,7 @@ def planted(images: Split, num_classes: int, share: float, seed: int) -> Planted
     if num_classes < 2 or not 0 <= share <= 0.5:
         raise ValueError(f"Planting takes 2 classes or more and a share from 0 to 0.5, not {num_classes} and {share}.")
     random = torch.Generator().manual_seed(derived(seed, "planted mistakes"))
-    order, count = torch.randperm(len(images), generator=random), round(share * len(images))
+    order, count = torch.randperm(len(images), generator=random), min(round(share * len(images)), len(images) // 2)
     groups = {name: torch.zeros(len(images), dtype=torch.bool) for name in ("mislabelled", "blank", "left alone")}
     for name, rows in zip(groups, (order[:count], order[count : 2 * count], order[2 * count :])):
         groups[name][rows] = True
@@ -121,8 +121,8 @@ def class_quality(
     class alone (`metrics.per_class`), with a smaller k where the smallest class has few real images: balls that reach
     to the class's last image would hold anything. A class of one image has none of them.
     """
-    fewest = int(torch.bincount(real.labels)[generated.labels.unique()].min())
-    k = min(k, max(1, (fewest - 1) // 2))
+    counts = torch.bincount(real.labels)[generated.labels.unique()]
+    k = min([k, *(max(1, (count - 1) // 2) for count in counts.tolist() if count > 1)])
     features, wrong = metrics.extractor("resnet20", network), suspects(scores, of_real)
     measured = metrics.per_class(
         features(real.images), features(generated.images), real.labels, generated.labels, features.name, k

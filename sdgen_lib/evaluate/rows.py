@@ -64,8 +64,9 @@ def row_step(
     ``tests``: named test sets beside the data's own, which is "test". ``attacks``: of the data's own test images, by
     name. ``before()``: what is done before the classifiers, for the estimate.
     """
-    if "test" in (tests or {}):
-        raise ValueError('"test" is the name of the data\'s own test images: give the other test set another name.')
+    for name_taken, whose in (("test", "the data's own test images"), ("__metadata__", "no tensor of a file")):
+        if name_taken in (tests or {}):
+            raise ValueError(f'"{name_taken}" is the name of {whose}: give the other test set another name.')
     options, tests, attacks = dict(options or {}), {"test": ws.data.test, **(tests or {})}, dict(attacks or {})
 
     def make(folder: Path, s: View) -> dict[str, Any]:

@@ -43,12 +43,12 @@ class Study:
     values: Mapping[str, Mapping[str, Any]]
 
 
-def equal_steps(ws: Workspace, multiple: int) -> dict[str, int]:
+def equal_steps(ws: Workspace, multiple: float) -> dict[str, int]:
     """The options of `classify.train_classifier` that make rows comparable: those of the largest set, x``multiple``.
 
     "steps" of the optimiser, and an epoch's images, after which the validation images are looked at.
     """
-    return steps_for(ws, multiple * len(ws.data.train))
+    return steps_for(ws, round(multiple * len(ws.data.train)))
 
 
 def steps_for(ws: Workspace, images: int) -> dict[str, int]:
@@ -69,7 +69,7 @@ def worth_step(
     ratio: tuple[int, int] | None = None,
     augmentation: str = "none",
     network: str = "resnet20",
-    steps_of: int | None = None,
+    steps_of: float | None = None,
     kept: Filter | None = None,
     soft: bool = False,
     equal_epochs: bool = False,

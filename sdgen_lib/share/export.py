@@ -19,6 +19,7 @@ import torch
 
 from ..config.messages import shown, unknown_name
 from ..data import ImageData
+from ..data.folders import folder_names
 from ..evaluate import quality
 from ..evaluate.filters import Filter, rows_kept
 from ..evaluate.sets import (
@@ -38,7 +39,7 @@ from ..store import blocks, files
 from ..store.run import Result, Step
 from ..work.workspace import Source, Workspace
 from . import cards, generator, origin
-from .formats import WRITERS, Part, folder_names, part_of, write_records
+from .formats import WRITERS, Part, part_of, write_records
 from .reopen import CHAPTERS, choices, readable, run_path_of, workspace_of
 
 FORMATS = (*WRITERS, "generator")
@@ -128,8 +129,9 @@ def _blocks(ws: Workspace, source: Source, multiple: int) -> list[Result]:
     if missing:
         _check_finished(ws, (*source.step.needs, *steps.values()))
     for result in found.values():
-        if files.checksum(result.folder / blocks.BLOCK) != result.record["files"].get(blocks.BLOCK):
-            raise FileNotFoundError(f"{result.folder / blocks.BLOCK} is damaged: run chapter 07, which makes it anew.")
+        for name in {blocks.BLOCK, *({RECORDS} & set(result.record["files"]))}:
+            if files.checksum(result.folder / name) != result.record["files"].get(name):
+                raise FileNotFoundError(f"{result.folder / name} is damaged: run chapter 07, which makes it anew.")
     return list(found.values())
 
 
@@ -188,11 +190,12 @@ def _generated(
         for result in found:
             yield _read_block(result.folder / blocks.BLOCK, ws.data)
 
-    records, rows = _records(ws, source, found), None
+    rows = None
     if kept:
         rows = rows_kept(ws, source, multiple, kept)
     elif len(found) > 1 and ws.settings.larger_sets == "random":
         rows = random_part(ws, multiple)
+    records = _records(ws, source, found)  # after the filter has measured what it needs to know
     if rows is None:
         return Part(multiple * len(ws.data.train), len(found), in_turn), records
     for _ in in_turn():  # each is looked at before all are unpacked
@@ -207,9 +210,10 @@ def _records(ws: Workspace, source: Source, found: Sequence[Result]) -> dict[str
     for result in found:
         number = result.record["inputs"]["block"]
         table = {"label": labels, "index": torch.arange(len(labels)) + max(0, number - 1) * len(labels)}
-        scores = ws.run.peek(quality.scores_step(ws, source, number))
-        for path in (result.folder / RECORDS, *([scores.folder / quality.TABLE] if scores else [])):
-            table = (files.load_tensors(path) if path.is_file() else {}) | table  # an earlier version had no RECORDS
+        if RECORDS in result.record["files"]:  # an earlier version had none
+            table = files.load_tensors(result.folder / RECORDS) | table
+        if ws.run.peek(scored := quality.scores_step(ws, source, number)):
+            table |= files.load_tensors(ws.run.file(scored, quality.TABLE))
         tables.append(table)
     known = [n for n in ("label", "index", *REAL_IMAGES, *quality.SCORES) if all(n in table for table in tables)]
     if any(table[name].shape != labels.shape for table in tables for name in known):

@@ -9,10 +9,8 @@ import csv
 import dataclasses
 import io
 import json
-import re
-import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..data import ImageData, Split
+from ..data.folders import folder_names
 from ..store import files
 
 BLOCK_IMAGES = 2048  # of a split in memory, which has no blocks of its own
@@ -44,25 +43,6 @@ def part_of(split: Split) -> Part:
             yield split.images[rows].permute(0, 2, 3, 1).contiguous().numpy(), split.labels[rows].numpy()
 
     return Part(len(split), -(-len(split) // BLOCK_IMAGES), blocks)
-
-
-def folder_names(class_names: Sequence[str]) -> list[str]:
-    """Class names as folder names on any system, all different, and sorted as the classes are numbered.
-
-    `ImageFolder` numbers classes by the sorted names of their folders: where that would be another order, or two names
-    would be one on some system, or a name is not allowed there, all get their number in front.
-    """
-    names = []
-    for name in class_names:
-        plain = re.sub(r"[^\w .+-]+", "-", unicodedata.normalize("NFC", name)).strip(" .-")
-        names.append(plain.encode()[:80].decode(errors="ignore").rstrip(" .-"))
-    folded = [name.casefold() for name in names]
-    reserved = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I)  # no file of Windows may be called so
-    fine = names == sorted(names) and len(set(folded)) == len(names)
-    if fine and all(name and not reserved.fullmatch(name) for name in names):
-        return names
-    digits = len(str(len(names) - 1))
-    return [f"{i:0{digits}d}_{name}".rstrip("_") for i, name in enumerate(names)]
 
 
 def write_folder(data: ImageData, folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:

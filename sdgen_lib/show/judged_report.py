@@ -43,15 +43,21 @@ def sentences(found: Judged) -> list[str]:
         within = "" if low != low else f", 95 % interval {low:+.1f} to {high:+.1f}"
         return f"{mean:+.1f} points{within}: {verdict}"
 
-    wrong = quality.suspects(found.assessment.scores, found.assessment.of_real)
-    flags = ", ".join(f"{name} {100 * float(rows.float().mean()):.1f} %" for name, rows in wrong.items())
+    scores, of_real = found.assessment.scores, found.assessment.of_real
+    wrong, beside_real = quality.suspects(scores, of_real), quality.suspects(of_real, of_real)
+    flags = ", ".join(
+        f"{name} {100 * float(rows.float().mean()):.1f} % ({100 * float(beside_real[name].float().mean()):.1f} %)"
+        for name, rows in wrong.items()
+    )
     return [
         f"Alone: classifiers of the generated images reach {tables.percent(rows['generated']['test'])} % on the real "
         f"test images, those of the real ones {tables.percent(rows['real']['test'])} %.",
         f"Beside real images: real + generated minus real is {beside('real + generated', 'real')}.",
         "Beside an augmentation that costs nothing: real + generated minus real, both with "
         f"{AUGMENTATION}, is {beside(f'real + generated, {AUGMENTATION}', f'real, {AUGMENTATION}')}.",
-        f"Suspect images: {flags}.",
+        f"Suspect images, and in brackets how many of the real validation images are suspect in the same way: {flags}.",
+        f"{len(rows['real']['test'])} classifiers a row. The intervals cover their random starts alone: not another "
+        "choice of the images, real or generated.",
         *tables.taught_too_little(rows),
     ]
 
@@ -61,8 +67,11 @@ def measures(found: Judged) -> pd.DataFrame:
     name = distance_name(found.whole["features"])
     columns = {"generated": found.whole, "real validation images": found.held_out}
     return pd.DataFrame(
-        {column: {name: row["fd"], **{m: row[m] for m in MEASURES}} for column, row in columns.items()}
-    ).T.round(3)
+        {
+            column: {"images": row["num_generated"], name: row["fd"], **{m: row[m] for m in MEASURES}, "": row["note"]}
+            for column, row in columns.items()
+        }
+    ).T
 
 
 def nearest_figure(found: Judged, data: ImageData) -> Figure:
@@ -104,6 +113,7 @@ def page(found: Judged, data: ImageData, real_name: str, generated_name: str) ->
         ),
         "<h2>The whole set</h2>",
         _table(measures(found)),
+        _paragraphs(["As many generated images as there are real validation images: the measures depend on that."]),
     ]
     if suspicious := suspects_figure(found, data):
         parts += ["<h2>Suspect images</h2>", _picture(suspicious, "Images that look wrong")]

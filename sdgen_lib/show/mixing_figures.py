@@ -54,13 +54,17 @@ def gain_figure(rows: Rows) -> Figure:
 def extremes(images: Split, score: torch.Tensor, class_names: Sequence[str], name: str, count: int = 8) -> Figure:
     """Each class's lowest and highest images by a score: ``count`` of each, as pictures; of `MOST_CLASSES` classes."""
     classes = images.labels.unique().tolist()[:MOST_CLASSES]
-    pictures = []
+    largest = int(torch.bincount(images.labels).max())
+    half, pictures = min(count, max(1, largest // 2)), []
     for label in classes:
         own = (images.labels == label).nonzero()[:, 0]
         order = own[score[own].argsort(stable=True)]
-        half = min(count, len(order) // 2 or 1)
-        pictures.append(images.images[torch.cat([order[:half], order[-half:]])])
-    half = max(len(row) for row in pictures) // 2
+        low = min(half, (len(order) + 1) // 2)
+        high = min(half, len(order) - low)
+        row = torch.full((2 * half, *images.images.shape[1:]), 255, dtype=torch.uint8)  # few images leave places white
+        row[:low] = images.images[order[:low]]
+        row[2 * half - high :] = images.images[order[len(order) - high :]]
+        pictures.append(row)
     titles = [f"lowest {name}", *[""] * (half - 1), f"highest {name}", *[""] * (half - 1)]
     return figures.image_grid(pictures, [class_names[label] for label in classes], titles, scale=0.7)
 

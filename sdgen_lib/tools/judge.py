@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.messages import printable
 from ..config.settings import resolve
 from ..course import Course
-from ..data import load
-from ..data.shifts import same_classes
-from ..data.sources import load_generated
-from ..evaluate.elsewhere import shifted_tests
+from ..data.sources import checkout, load_generated
+from ..evaluate.elsewhere import shifted_set, shifted_tests
 from ..evaluate.judged import judged
 from ..show import judged_report, tables
 from ..store import files
@@ -31,8 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _judge(args: argparse.Namespace) -> None:
     out = Path(args.out).expanduser().absolute()
-    if out.exists() and not args.overwrite:
-        raise FileExistsError(f"{printable(out)} is there: give another --out, or --overwrite.")
+    if out.is_dir() or (out.exists() and not args.overwrite):
+        or_else = "" if out.is_dir() else ", or --overwrite"
+        raise FileExistsError(f"{printable(out)} is there: give another --out{or_else}.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {printable(out)} cannot be written there ({error.strerror}): give another.") from error
     settings = resolve(
         recipe="demo",
         backbone="tiny",
@@ -43,8 +48,12 @@ def _judge(args: argparse.Namespace) -> None:
     )
     course = Course(settings)
     ws, data = course.workspace, course.data
-    generated = load_generated(args.generated, data)
-    shifted = {printable(name): same_classes(data, load(name, data.image_size)) for name in args.test}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        generated = load_generated(args.generated, data, checkout())
+        shifted = {printable(name): shifted_set(ws, name) for name in args.test}
+    for warning in said:
+        print(warning.message, file=sys.stderr)
     tests = shifted_tests(ws, shifted, severities=(SEVERITY,))
     print(
         f"{len(data.train)} real training images and {len(generated)} generated ones of {data.num_classes} classes, "
@@ -56,7 +65,7 @@ def _judge(args: argparse.Namespace) -> None:
     print()
     print(tables.elsewhere_table(found.rows).T.to_string(), end="\n\n")
     print(found.assessment.classes.round(1).to_string(), end="\n\n")
-    print(judged_report.measures(found).to_string(), end="\n\n")
+    print(judged_report.measures(found).round(3).to_string(), end="\n\n")
     print("\n".join(judged_report.sentences(found)))
     page = judged_report.page(found, data, args.real, args.generated)
     with files.whole_file(out) as temporary:

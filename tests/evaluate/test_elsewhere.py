@@ -38,7 +38,7 @@ def test_every_corruption_at_each_severity_and_the_sets_that_are_given(ws, tests
 
 @pytest.mark.parametrize("name", ["test", "jpeg 2", "contrast"])
 def test_a_set_has_a_name_of_its_own(ws, name):
-    with pytest.raises(ValueError, match=f"shifted_to has a set called '{name}', which is another set's name"):
+    with pytest.raises(ValueError, match=f"A test set is called '{name}', as a corruption or"):
         elsewhere.shifted_tests(ws, {name: ws.data.test}, severities=(1,))
 
 

@@ -36,6 +36,16 @@ def test_so_many_of_each_class_are_kept_where_more_were_drawn():
     assert found.tolist() == [0, 2, 3, 4, 6]
 
 
+def test_what_is_kept_of_what_is_looked_at_is_the_share():
+    """Whole blocks are drawn, of which a filter may need a part: the rest is not looked at."""
+    kept, labels = Filter("confidence", 0.8, redraw=True), torch.zeros(20, dtype=torch.int64)
+    assert kept.drawn(1) == 2 and Filter("random", 0.7, redraw=True).drawn(21) == 30
+    falling = {"confidence": torch.arange(20.0).flip(0)}
+    assert kept.rows(falling, labels, most=torch.tensor([8])).tolist() == list(range(8))
+    rising = {"confidence": torch.arange(20.0)}
+    assert kept.rows(rising, labels, most=torch.tensor([8])).tolist() == list(range(2, 10))
+
+
 def test_the_control_looks_at_nothing_and_can_be_repeated():
     control, labels = Filter("random", 0.5), torch.zeros(200, dtype=torch.int64)
     first = control.rows({}, labels, seed=1)
@@ -45,7 +55,8 @@ def test_the_control_looks_at_nothing_and_can_be_repeated():
 
 
 @pytest.mark.parametrize(
-    "text", ["confidence:0.5", "nearness:0.25:redraw", "random:1:redraw:worst", "density:0.1:worst"]
+    "text",
+    ["confidence:0.5", "nearness:0.25:redraw", "random:1:redraw:worst", "density:0.1:worst", "density:0.12345678"],
 )
 def test_a_filter_is_its_text(text):
     assert str(Filter.parse(text)) == text
@@ -58,8 +69,8 @@ def test_a_filter_is_its_text(text):
         ("confidence:half", "is no filter"),
         ("confidence:0.5:redrew", "is no filter.*redraw or worst"),
         ("confidance:0.5", "Unknown score 'confidance'.*confidence"),
-        ("confidence:0", "above 0 and at most 1.*not 0"),
-        ("confidence:nan", "above 0 and at most 1.*not nan"),
+        ("confidence:0", "from 0.001 to 1.*not 0"),
+        ("confidence:nan", "from 0.001 to 1.*not nan"),
         ("confidence:1.5", "not 1.5"),
         ("", "is no filter"),
     ],

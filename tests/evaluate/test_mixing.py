@@ -81,7 +81,8 @@ def test_soft_labels_are_the_teachers(small, tmp_path, monkeypatch):
 def test_a_learning_curve_gives_fewer_images_a_generator_of_their_own(micro, tmp_path):
     from sdgen_lib.course import Course
 
-    ws = Course(micro(tmp_path, classifier_epochs=1, transfer_epochs=1, default_steps=2)).workspace
+    few = dict(classifier_epochs=1, transfer_epochs=1, worth_steps=2, classifier_batch_size=8)
+    ws = Course(micro(tmp_path, **few)).workspace
     found = mixing.learning_curve(ws, "after 1", [20, 40], multiple=1)
     assert list(found) == [("20", "real"), ("20", "both"), ("40", "real"), ("40", "both")]
     assert [row["num_images"] for row in found.values()] == [20, 40, 40, 80]

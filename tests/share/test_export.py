@@ -23,12 +23,13 @@ from PIL import Image
 from sdgen_lib import data
 from sdgen_lib.config.settings import resolve
 from sdgen_lib.data import Split
+from sdgen_lib.data.folders import folder_names
 from sdgen_lib.diffusion import weights
 from sdgen_lib.evaluate import quality
 from sdgen_lib.evaluate.filters import Filter
 from sdgen_lib.evaluate.sets import block_step, synthetic
 from sdgen_lib.share import export, generator
-from sdgen_lib.share.formats import folder_names, write_parquet
+from sdgen_lib.share.formats import write_parquet
 from sdgen_lib.share.reopen import choices, workspace_of
 from sdgen_lib.store import files
 from sdgen_lib.store.run import digest, results

@@ -11,6 +11,11 @@ from test_notebooks import ROOT
 
 from sdgen_lib import __main__ as command
 from sdgen_lib.classify import train_classifier
+from sdgen_lib.data import Split, load
+from sdgen_lib.data.sources import load_generated
+from sdgen_lib.evaluate.judged import judged
+from sdgen_lib.share.formats import part_of, write_folder
+from sdgen_lib.show import judged_report
 
 
 @pytest.fixture(autouse=True)
@@ -75,31 +80,81 @@ def test_a_file_of_arrays_and_a_class_that_was_never_drawn(tmp_path, capsys):
     noise = np.random.default_rng(0)
     images, labels = noise.integers(0, 255, (9, 20, 20, 3), np.uint8), np.arange(9) % 2
     np.savez(tmp_path / "made.npz", train_images=images, train_labels=labels)
-    with pytest.warns(UserWarning, match="has no image of class 'c'"):
-        run(tmp_path, real, tmp_path / "made.npz", "--classifiers", "1")
-    assert "9 generated ones of 3 classes" in capsys.readouterr().out
+    run(tmp_path, real, tmp_path / "made.npz", "--classifiers", "1")
+    said = capsys.readouterr()
+    assert "9 generated ones of 3 classes" in said.out
+    assert re.search(r"^\S*made.npz has no image of class 'c'\.$", said.err, re.M)
 
 
 @pytest.mark.parametrize(
     ("made", "words"), [(["a", "x"], r"classes of .*made.* are not those of .*real.*has besides 'x'"), (["a"], None)]
 )
-def test_classes_must_be_the_real_ones(tmp_path, made, words):
+def test_classes_must_be_the_real_ones(tmp_path, capsys, made, words):
     real = folder(tmp_path / "real", ["a", "b"], 20)
     folder(tmp_path / "made", made, 5)
     if words:
         with pytest.raises(SystemExit, match=words):
             run(tmp_path, real, tmp_path / "made")
     else:
-        with pytest.warns(UserWarning, match="no image of class 'b'"):
-            run(tmp_path, real, tmp_path / "made", "--classifiers", "1")
+        run(tmp_path, real, tmp_path / "made", "--classifiers", "1")
+        assert "no image of class 'b'" in capsys.readouterr().err
 
 
 def test_a_single_generated_image_is_refused_before_anything_is_trained(tmp_path):
     real = folder(tmp_path / "real", ["a", "b"], 20)
     folder(tmp_path / "made", ["a"], 1)
-    with pytest.raises(SystemExit, match="There is 1 generated image"), pytest.warns(UserWarning, match="class 'b'"):
+    with pytest.raises(SystemExit, match="There is 1 generated image"):
         run(tmp_path, real, tmp_path / "made")
     assert not list((tmp_path / "runs").rglob("record.json"))
+
+
+def test_as_many_generated_images_as_real_validation_ones_are_measured(small, tmp_path):
+    """Copies of real images that nothing has learnt from are no better than such images, however many there are."""
+    course = small(tmp_path / "runs")
+    data = course.data
+    made = Split(data.val.images.repeat(20, 1, 1, 1), data.val.labels.repeat(20))
+    found = judged(course.workspace, made)
+    assert found.whole["num_generated"] == found.held_out["num_generated"] == len(data.val)
+    page = judged_report.page(found, data, "real", "made")
+    assert "random starts alone" in page and re.search(r"copy [\d.]+ % \([\d.]+ %\)", page)
+
+
+def test_what_this_course_exports_is_read_again(tmp_path):
+    names = ("colon, adenocarcinoma", "T-shirt/top")
+    np.savez(
+        tmp_path / "real.npz",
+        class_names=np.array(names),
+        **{
+            f"{part}_{kind}": np.zeros((8, 12, 12, 3), np.uint8) if kind == "images" else np.arange(8) % 2
+            for part in ("train", "val", "test")
+            for kind in ("images", "labels")
+        },
+    )
+    data = load(tmp_path / "real.npz")
+    write_folder(data, tmp_path / "made", {"train": part_of(Split(data.train.images + 9, data.train.labels))})
+    (tmp_path / "made" / "README.md").write_text("a card")
+    again = load_generated(tmp_path / "made", data)
+    assert again.labels.bincount().tolist() == [4, 4] and (again.images == 9).all()
+
+
+def test_notes_and_many_missing_classes_are_said(tmp_path):
+    data = load(folder(tmp_path / "real", [f"class {k}" for k in range(9)], 20))
+    made = folder(tmp_path / "made", ["class 0"], 3)
+    Image.new("RGB", (8, 8)).save(made / "loose.png")
+    with pytest.warns(UserWarning, match="loose.png"), pytest.warns(UserWarning, match="'class 1'.* and 3 more"):
+        load_generated(made, data)
+    with pytest.raises(ValueError, match="leave :2 out"):
+        load_generated(f"{made}:2", data)
+
+
+def test_a_page_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, words in (
+        (tmp_path, "is there: give another --out\.$"),
+        (tmp_path / "file/page.html", "cannot be written"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            command.main(["judge", "digits:20", "nowhere", "--overwrite", "--out", str(out)])
 
 
 def test_what_is_not_there_is_one_line(tmp_path):
