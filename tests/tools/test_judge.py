@@ -150,7 +150,7 @@ def test_notes_and_many_missing_classes_are_said(tmp_path):
 def test_a_page_that_cannot_be_written_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     for out, words in (
-        (tmp_path, "is there: give another --out\.$"),
+        (tmp_path, r"is there: give another --out\.$"),
         (tmp_path / "file/page.html", "cannot be written"),
     ):
         with pytest.raises(SystemExit, match=words):
