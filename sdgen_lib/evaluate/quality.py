@@ -117,11 +117,12 @@ def class_quality(
 ) -> pd.DataFrame:
     """One row a class, the one whose images look most like another's first, in percent where it is a share.
 
-    ``scores`` and ``of_real`` as in `suspects`. Precision, density, coverage and the Frechet distance are those of the
-    class alone (`metrics.per_class`), with a smaller k where the smallest class has few real images: balls that reach
-    to the class's last image would hold anything. A class of one image has none of them.
+    ``scores`` and ``of_real`` as in `suspects`; ``real``: images that the judge did not learn from, since those that it
+    did lie closer together in its features than any others. Precision, density, coverage and the Frechet distance are
+    those of the class alone (`metrics.per_class`), with a smaller k where the smallest class has few real images: balls
+    that reach to the class's last image would hold anything. A class of one image has none of them.
     """
-    counts = torch.bincount(real.labels)[generated.labels.unique()]
+    counts = torch.bincount(real.labels, minlength=len(class_names))[generated.labels.unique()]
     k = min([k, *(max(1, (count - 1) // 2) for count in counts.tolist() if count > 1)])
     features, wrong = metrics.extractor("resnet20", network), suspects(scores, of_real)
     measured = metrics.per_class(
@@ -131,7 +132,7 @@ def class_quality(
     for label in generated.labels.unique().tolist():
         rows, found = generated.labels == label, measured[label]
         table[class_names[label]] = {
-            "real images": found["num_real"],
+            "real validation images": found["num_real"],
             "generated": found["num_generated"],
             "confidence %": 100 * float(scores["confidence"][rows].mean()),
             "taken for the class %": 100 * float(scores["agreement"][rows].mean()),
@@ -233,7 +234,7 @@ class Assessment:
 def assess(network: ResNet20, real: Split, val: Split, generated: Split, class_names: Sequence[str]) -> Assessment:
     """All of it for any generated set. ``real``: what the judge learnt from; ``val``: real images that it did not."""
     scores, of_real = (image_scores(network, real, images) for images in (generated, val))
-    classes = class_quality(scores, of_real, network, real, generated, class_names)
+    classes = class_quality(scores, of_real, network, val, generated, class_names)
     features = metrics.extractor("resnet20", network)
     nearest, _ = metrics.nearest(features(real.images), features(generated.images))
     return Assessment(scores, of_real, classes, nearest)

@@ -105,7 +105,7 @@ def test_planted_mistakes_are_found_and_good_images_left_in_peace():
         quality.image_scores(network, digits.train, spoilt.images),
         of_real,
         network,
-        digits.train,
+        digits.val,
         spoilt.images,
         digits.class_names,
     )
