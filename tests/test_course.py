@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from optuna.trial import create_trial
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
@@ -19,6 +20,7 @@ from sdgen_lib.evaluate import rows as evaluate_rows
 from sdgen_lib.evaluate import scaling, sets
 from sdgen_lib.methods import class_encoder
 from sdgen_lib.search.search import chosen, trials_frame
+from sdgen_lib.search.study import open_study
 from sdgen_lib.store import blocks, files
 from sdgen_lib.store.run import results
 from sdgen_lib.work import fitting
@@ -331,6 +333,21 @@ def test_a_search_that_lost_trials_is_finished_again(small, tmp_path):
     journal.write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"half')
     again = small(tmp_path).tune()
     assert [(t.params, t.value, t.state) for t in again.trials] == [(t.params, t.value, t.state) for t in first.trials]
+
+
+def test_a_search_whose_point_was_changed_in_its_journal_is_done_again(small, tmp_path, capsys):
+    """What Optuna's tools write is no reason; a better trial, added after the search, is: nothing was drawn with it."""
+    course = small(tmp_path, rescored=0)
+    first, point = course.tune(), course.point("after 2")
+    result = course.run.peek(course.method.tune_step())
+    same = open_study(result.folder / "journal.log", result.facts["study"])
+    same.set_user_attr("note", "of a reader")
+    assert small(tmp_path, rescored=0).tune().user_attrs["note"] == "of a reader"
+    assert "done again" not in capsys.readouterr().out
+    other = next(trial for trial in first.trials if trial.params != chosen(first).params)
+    same.add_trial(create_trial(params=other.params, distributions=other.distributions, value=2.0))
+    assert small(tmp_path, rescored=0).point("after 2") == point
+    assert "2_tune: its journal.log is not what the search ended with" in capsys.readouterr().out
 
 
 # --- the reader's own images ---

@@ -42,6 +42,13 @@ class Prompts:
         return Source("toy", step, self.generator, lambda: point, lambda n: self.generator().work(n))
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "../../evil", "con", "a."])
+def test_a_name_that_no_folder_can_have_is_refused(name):
+    step = Step("generator/toy", lambda *_: {})
+    with pytest.raises(ValueError, match="A source's name"):
+        Source(name, step, lambda: None, dict, lambda images: {})
+
+
 def test_a_toy_method_gets_all_that_the_papers_method_has(small, tmp_path):
     ws = small(tmp_path / "runs").workspace
     source = Prompts(ws).source()

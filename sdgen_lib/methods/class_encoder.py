@@ -460,13 +460,22 @@ class ClassEncoderMethod:
                 self._run_trials(shared, view, step, chosen_from, on_trial, shared=True)
         for _ in range(2):
             result = ws.run.result(step)
-            study, whole = None, False
+            study = None
+            enough = whole = False
             with contextlib.suppress(*UNREADABLE):
                 study = open_study(result.folder / JOURNAL, result.facts["study"])
-                whole = len(study.get_trials(deepcopy=False, states=FINISHED)) >= n_trials
+                enough = len(study.get_trials(deepcopy=False, states=FINISHED)) >= n_trials
+                whole = enough and chosen(study).params == result.facts["best"]
             if ws.run.agreed(whole):
                 return study
-            ws.run.forget(step)  # its journal was cut or is damaged: those trials are done again
+            if ws.ranks.first:
+                print(
+                    f"{step.name}: its {JOURNAL} is not what the search ended with (trials are missing, damaged, "
+                    "changed, or others are better): the search is done again."
+                )
+                if enough:  # to go on with these trials would end elsewhere
+                    files.move_aside(result.folder / JOURNAL)
+            ws.run.forget(step)
         raise files.DamagedFile(f"{result.folder / JOURNAL} lost trials once more: check the disk.")
 
     def _shared_study(self, step: Step) -> optuna.Study:

@@ -94,7 +94,7 @@ def _told(generator: Generator) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     from ..methods.inversion import InvertedImages
 
     conditioner = getattr(generator, "conditioner", None)
-    if not isinstance(conditioner, ContextTable) and hasattr(conditioner, "table"):
+    if not isinstance(conditioner, ContextTable) and callable(getattr(conditioner, "table", None)):
         conditioner = conditioner.table()
     if isinstance(generator, LatentGenerator) and isinstance(conditioner, ContextTable):
         return {"format": 2}, {"contexts": conditioner.contexts.float(), "empty": conditioner.empty.float()}

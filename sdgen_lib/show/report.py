@@ -113,6 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="?", type=Path, metavar="RUNS", help="the runs' folder (default: runs/)")
     base = parser.parse_args(argv).runs or default_runs_dir()
     found = sorted(path for path in base.glob("*/*-seed*") if path.is_dir())
+    if not found and base.match("*/*-seed*"):
+        raise SystemExit(
+            f"{base.absolute()} is a run itself: give the folder of the runs, {base.absolute().parents[1]}."
+        )
     if not found:
         raise SystemExit(f"No run in {base.absolute()}: run the notebooks first (make course).")
     passed: dict[str, list[str]] = {

@@ -43,7 +43,7 @@ def make_block(
     # Named after the rows that they hold: an earlier attempt may have had batches of another size.
     starts = range(0, len(labels), batch_size)
     shards = [folder / f"part_{first:08d}_{len(labels[first : first + batch_size])}.npz" for first in starts]
-    if not (folder / BLOCK).is_file():
+    if not _is_readable(folder / BLOCK, len(labels)):
         _draw(shards, draw, labels, first_index, batch_size, ranks, progress)
         ranks.wait()
         if ranks.first:
@@ -75,7 +75,7 @@ def _draw(
 
 
 def _is_readable(path: Path, count: int) -> bool:
-    """Whether an unfinished block's batch is there and whole: its archive has a checksum of its own."""
+    """Whether an unfinished block, or a batch of it, is there and whole: its archive has a checksum of its own."""
     try:
         return len(_images(path)) == count
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):

@@ -1,6 +1,6 @@
 """A run on several GPUs or nodes that share a disk: both trainings and the synthetic sets, by all processes together.
 
-    accelerate launch --num_processes 8 -m sdgen_lib.launch -p dataset pathmnist -p recipe paper --blocks 10
+    accelerate launch --num_processes 8 -m sdgen_lib launch -p dataset pathmnist -p recipe paper --blocks 10
 
 The searches between them are done by one of the processes, or by all where ``-p storage`` names what they can share.
 Notebooks find everything made.
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def options_of(argv: Sequence[str] | None) -> tuple[Settings, int]:
     """The run's settings, and how many blocks to make. Raises SystemExit for wrong arguments."""
-    prog, description = "accelerate launch --num_processes N -m sdgen_lib.launch", __doc__.splitlines()[0]
+    prog, description = "accelerate launch --num_processes N -m sdgen_lib launch", __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument(
         "-p",

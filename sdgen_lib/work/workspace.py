@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import data
+from ..config.messages import shown
 from ..config.settings import SHARED, Settings, View, resolve
 from ..data.sources import checkout, split_count
 from ..diffusion import backbone as backbones
@@ -43,6 +44,10 @@ class Source:
     point: Callable[[], Mapping[str, Any]]
     passes: Callable[[int], Work]
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.name or self.name != files.portable(self.name):
+            raise ValueError(f"A source's name is a part of a folder's name; {shown(self.name)} cannot be one.")
 
     def inputs(self) -> dict[str, Any]:
         """What tells results drawn with this generator from another's that needs and reads the same."""

@@ -234,6 +234,8 @@ def test_nothing_is_loaded_or_written(finished, tmp_path, capsys, monkeypatch):
 def test_without_runs(tmp_path):
     with pytest.raises(SystemExit, match="No run in .*run the notebooks first"):
         report.main([str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="is a run itself: give the folder of the runs"):
+        report.main([str(tmp_path / "digits" / "tiny-demo-seed0")])
 
 
 def test_help(capsys):

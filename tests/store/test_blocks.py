@@ -206,3 +206,12 @@ def test_a_batch_of_another_size_is_not_taken_for_other_rows(tmp_path, monkeypat
     blocks.make_block(tmp_path / "a", Painter(), LABELS, first_index=100, batch_size=3)
     assert blocks.load_images(tmp_path / "a" / blocks.BLOCK)[:, 1, 0, 0].tolist() == list(range(100, 123))
     assert [path.name for path in (tmp_path / "a").iterdir()] == [blocks.BLOCK]
+
+
+def test_a_damaged_block_without_a_record_is_drawn_again(tmp_path):
+    painter = Painter()
+    path = make(tmp_path / "a", painter)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
+    make(tmp_path / "a", painter)
+    assert path.read_bytes() == whole
