@@ -424,17 +424,24 @@ def test_a_search_waits_longer_where_its_recipe_says_so(micro, tmp_path):
     assert classifier_options(micro(tmp_path), in_search=True) == classifier_options(micro(tmp_path))
 
 
-def test_only_used_unets_are_kept_when_asked(small, tmp_path):
+def test_only_used_unets_are_kept_when_asked(small, tmp_path, capsys):
     course = small(tmp_path, finetune_epochs=4, keep_unets="used")
     course.finetune()
     folder = course.run.folder(course.method.finetune_step)
     assert len(list(folder.glob("epoch_*"))) == 4
+    made = {path.name: path.read_bytes() for path in folder.glob("epoch_*")}
     best = chosen(course.retune()).params["epoch"]
     assert {path.name for path in folder.glob("epoch_*")} == {checkpoint_name(best), checkpoint_name(4)}
     course.cas("after 3"), course.cas("after 4")
     gone = next(epoch for epoch in (1, 2, 3) if epoch != best)
-    with pytest.raises(FileNotFoundError, match=f"has no {checkpoint_name(gone)}; it holds"):
-        course.draw(Point(1, 1.0, 1, gone), torch.tensor([0]), "any")
+    course.draw(Point(1, 1.0, 1, gone), torch.tensor([0]), "any")  # is asked for after all
+    assert f"{checkpoint_name(gone)} was deleted" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.glob("epoch_*")} == made
+    again = small(tmp_path, finetune_epochs=4, keep_unets="used", n_trials_retune=6).retune()  # nothing is refused
+    used = {checkpoint_name(chosen(again).params["epoch"]), checkpoint_name(4)}
+    assert len(again.trials) == 6 and {path.name for path in folder.glob("epoch_*")} == used
+    with pytest.raises(FileNotFoundError, match="has no epoch_009"):
+        course.run.file(course.method.finetune_step, checkpoint_name(9))
 
 
 def test_step_3_is_refused_where_the_disk_has_no_room(small, tmp_path, monkeypatch, capsys):

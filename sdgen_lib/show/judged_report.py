@@ -68,7 +68,12 @@ def measures(found: Judged) -> pd.DataFrame:
     columns = {"generated": found.whole, "real validation images": found.held_out}
     return pd.DataFrame(
         {
-            column: {"images": row["num_generated"], name: row["fd"], **{m: row[m] for m in MEASURES}, "": row["note"]}
+            column: {
+                "images": row["num_generated"],
+                name: round(row["fd"], 2),
+                **{measure: round(row[measure], 3) for measure in MEASURES},
+                "": row["note"],
+            }
             for column, row in columns.items()
         }
     ).T
@@ -85,9 +90,13 @@ def nearest_figure(found: Judged, data: ImageData) -> Figure:
 
 
 def suspects_figure(found: Judged, data: ImageData) -> Figure | None:
-    """The first images that look like another class, and those unlike any; None where there is none."""
-    wrong = quality.suspects(found.assessment.scores, found.assessment.of_real)
-    chosen = {name: wrong[name].nonzero()[:SHOWN, 0] for name in ("another class", "unlike any")}
+    """The images that look most like another class, and those most unlike any; None where there is none."""
+    scores = found.assessment.scores
+    wrong = quality.suspects(scores, found.assessment.of_real)
+    chosen = {}
+    for name, score in (("another class", "confidence"), ("unlike any", "nearness")):
+        rows = wrong[name].nonzero()[:, 0]
+        chosen[name] = rows[scores[score][rows].argsort(stable=True)[:SHOWN]]
     chosen = {name: rows for name, rows in chosen.items() if len(rows)}
     if not chosen:
         return None

@@ -33,6 +33,7 @@ DIGITS = 12  # of a fingerprint, in a folder's name
 VERSIONS = ("torch", "diffusers", "transformers", "optuna", "numpy")
 # What a record is made of, as far as anybody reads it.
 KINDS = dict(name=str, fingerprint=str, settings=dict, needs=dict, run=dict, facts=dict, finished=str, files=dict)
+DISCARDED = "discarded"  # in a record: the names of files that were deleted, since nothing was going to read them
 GROWING = (".log", ".lock")  # what other tools may append to has no checksum
 Work = Mapping[str, float]  # images by kind of pass, see `work.cost`
 
@@ -275,18 +276,22 @@ class Run:
         return record | {"sum": digest(record)}
 
     def file(self, step: Step, name: str) -> Path:
-        """The path of a file of the step's result, checked against its checksum; made anew where it is damaged.
+        """The path of a file of the step's result, checked against its checksum.
+
+        The result is made anew where the file is damaged, or was discarded.
 
         Raises FileNotFoundError where the result has no such file.
         """
         for _ in range(2):
             result = self.result(step)
             path = result.folder / name
+            if not self.agreed(name not in result.record.get(DISCARDED, ())):
+                if self._alone or self.ranks.first:
+                    print(f"{step.name}: {name} was deleted, since nothing read it (keep_unets); it is made again.")
+                    self.forget(step)
+                continue
             if name not in result.record["files"]:
-                raise FileNotFoundError(
-                    f"{result.folder} has no {name}; it holds {', '.join(result.record['files'])}. (What "
-                    "keep_unets='used' deleted comes back if you delete this folder.)"
-                )
+                raise FileNotFoundError(f"{result.folder} has no {name}; it holds {', '.join(result.record['files'])}.")
             if self.agreed(self._is_whole(path, result.record["files"][name])):
                 return path
             if self._alone or self.ranks.first:
@@ -311,13 +316,15 @@ class Run:
         (self.folder(step) / RECORD).unlink(missing_ok=True)
 
     def discard(self, step: Step, names: set[str]) -> None:
-        """Deletes files of a finished result that nothing will read."""
+        """Deletes files of a finished result that nothing is going to read; `file` makes them again."""
         with self.lock(step):
             result = self.peek(step)
             if result is None or not names & set(result.record["files"]):
                 return
             kept = {name: found for name, found in result.record["files"].items() if name not in names}
-            record = {key: value for key, value in result.record.items() if key != "sum"} | {"files": kept}
+            gone = sorted(set(result.record.get(DISCARDED, ())) | (names & set(result.record["files"])))
+            record = {key: value for key, value in result.record.items() if key != "sum"}
+            record |= {"files": kept, DISCARDED: gone}
             files.save_json(result.folder / RECORD, record | {"sum": digest(record)})
             for name in names & set(result.record["files"]):
                 (result.folder / name).unlink(missing_ok=True)

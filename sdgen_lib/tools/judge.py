@@ -65,7 +65,7 @@ def _judge(args: argparse.Namespace) -> None:
     print()
     print(tables.elsewhere_table(found.rows).T.to_string(), end="\n\n")
     print(found.assessment.classes.round(1).to_string(), end="\n\n")
-    print(judged_report.measures(found).round(3).to_string(), end="\n\n")
+    print(judged_report.measures(found).to_string(), end="\n\n")
     print("\n".join(judged_report.sentences(found)))
     page = judged_report.page(found, data, args.real, args.generated)
     with files.whole_file(out) as temporary:
