@@ -85,7 +85,7 @@ def test_what_the_folder_holds(finished):
         "3_finetune": training,
         "4_retune": {"journal.log"},
         **{f"table_1/after_{k}": {"predicted.safetensors"} for k in (1, 2, 3, 4)},
-        **{f"5_datasets/block_0{k}": {"images.npz"} for k in (1, 2)},
+        **{f"5_datasets/block_0{k}": {"images.npz", "records.safetensors"} for k in (1, 2)},
         **{f"table_2/{row}": {"predicted.safetensors"} for row in ("real", "x1", "x2")},
     }
 

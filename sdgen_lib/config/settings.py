@@ -44,7 +44,7 @@ TOPICS = {
     "table": "the rows of a table",
     "set": "what a synthetic set holds",
     "larger_sets": "how synthetic sets of several sizes hang together",
-    "how": "how it is computed, in no result's key; what comes out may differ by rounding (compile_unet says how much)",
+    "how": "how it is computed, in no result's key: what comes out differs by rounding at most (see compile_unet)",
 }
 
 
@@ -248,8 +248,7 @@ class Settings:
         "auto",
         choices=("auto", "yes", "no"),
         read_by=("how",),
-        doc="for sampling; auto: where it pays for the run's searches and sets. In 32 bits its images are others' to a "
-        "grey level; in 16 bits they differ as two machines' do",
+        doc="for sampling; auto: where it pays. In 16 bits its images differ from others as two machines' do",
     )
     default_steps: int = setting(
         50, low=1, high=1000, read_by=("default_point",), doc="inference steps of the row 'after 1'"
