@@ -102,9 +102,13 @@ class Filter:
 
 def filtered_needs(ws: Workspace, source: Source, multiple: int, kept: Filter) -> tuple[Step, ...]:
     """The steps that a filtered set of ``multiple`` times the real one's size is made of; raises as `rows_kept`."""
+    _check(ws)
+    return tuple(quality.scores_step(ws, source, block) for block in blocks_of(ws, kept.drawn(multiple)))
+
+
+def _check(ws: Workspace) -> None:
     if ws.settings.larger_sets != "nested":
         raise ValueError("Filters need larger_sets='nested': of random parts it is not known which image is which.")
-    return tuple(quality.scores_step(ws, source, block) for block in blocks_of(ws, kept.drawn(multiple)))
 
 
 def filtered(ws: Workspace, source: Source, multiple: int, kept: Filter) -> Split:
@@ -118,7 +122,7 @@ def rows_kept(ws: Workspace, source: Source, multiple: int, kept: Filter) -> tor
 
     Raises ValueError for sets drawn at random (``larger_sets``), whose images have no place of their own.
     """
-    filtered_needs(ws, source, multiple, kept)
+    _check(ws)
     numbers = blocks_of(ws, kept.drawn(multiple))
     labels = block_labels(ws, ws.settings.class_mix)
     most = None
