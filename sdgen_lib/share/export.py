@@ -131,7 +131,7 @@ def _blocks(ws: Workspace, source: Source, multiple: int) -> list[Result]:
     for result in found.values():
         for name in {blocks.BLOCK, *({RECORDS} & set(result.record["files"]))}:
             if files.checksum(result.folder / name) != result.record["files"].get(name):
-                raise FileNotFoundError(f"{result.folder / name} is damaged: run chapter 07, which makes it anew.")
+                raise FileNotFoundError(f"{result.folder / name} is damaged: delete it, then run chapter 07.")
     return list(found.values())
 
 

@@ -260,6 +260,19 @@ def test_each_image_can_be_drawn_again_from_its_record(taken, course, expected, 
             )
 
 
+def test_a_damaged_record_is_not_taken_and_comes_back(small, prompts, tmp_path):
+    ws = small(tmp_path / "runs").workspace
+    synthetic(ws, prompts(ws), 1)
+    path = ws.run.peek(block_step(ws, prompts(ws), 1)).folder / "records.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(FileNotFoundError, match="records.safetensors is damaged: delete it, then run chapter 07"):
+        export.export(ws, prompts(ws), "npz", tmp_path / "out")
+    path.unlink()
+    synthetic(ws, prompts(ws), 1)
+    assert path.read_bytes() == whole and records_of(export.export(ws, prompts(ws), "npz", tmp_path / "out"))
+
+
 def test_a_filter_keeps_whole_classes_best_images(small, prompts, tmp_path):
     ws = small(tmp_path / "runs").workspace
     source, n = prompts(ws), len(ws.data.train)
@@ -340,7 +353,7 @@ def test_a_damaged_block_is_not_taken(moved, tmp_path):
     run, dataset = moved
     path = next(run.glob("5_datasets/block_02/*/images.npz"))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(SystemExit, match="block_02.*images.npz is damaged: run chapter 07"):
+    with pytest.raises(SystemExit, match="block_02.*images.npz is damaged: delete it, then run chapter 07"):
         take(run, "npz", tmp_path / "out", "--dataset", str(dataset))
     assert not (tmp_path / "out").exists()
 
