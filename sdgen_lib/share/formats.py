@@ -51,12 +51,17 @@ def write_folder(data: ImageData, folder: Path, parts: Mapping[str, Part]) -> di
     for part, content in parts.items():
         for name in names:
             (folder / part / name).mkdir(parents=True)
-        number, digits = 0, len(str(content.count))
+        number = 0
         for images, labels in content.blocks():
             for image, label in zip(images, labels):
                 number += 1
-                Image.fromarray(image).save(folder / part / names[label] / f"{number:0{digits}d}.png")
+                Image.fromarray(image).save(folder / _place(part, names[label], number, content.count))
     return {}
+
+
+def _place(part: str, name: str, number: int, count: int) -> str:
+    """The path of image ``number``, from 1, of the ``count`` of a part; ``name``: its class's folder."""
+    return f"{part}/{name}/{number:0{len(str(count))}d}.png"
 
 
 def write_npz(data: ImageData, folder: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
@@ -114,17 +119,18 @@ def _png(image: np.ndarray) -> bytes:
 def write_records(folder: Path, data: ImageData, records: Mapping[str, np.ndarray], in_folders: bool) -> None:
     """``records.csv``: a row for each generated image, in the order of the set, numbered from 1.
 
-    ``records``: (N,) by name. ``in_folders``: with the path of each image's file, as `write_folder` names it.
+    ``records``: (N,) by name, "label" among them. ``in_folders``: with the path of each image's file, as `write_folder`
+    names it.
     """
     names, count = folder_names(data.class_names), len(next(iter(records.values())))
     with (folder / "records.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["number", *(["file"] if in_folders else []), *records])
-        for k, row in enumerate(zip(*(column.tolist() for column in records.values()))):
+        columns = [column.tolist() for column in records.values()]
+        for number, (label, *row) in enumerate(zip(records["label"], *columns), start=1):
             cells = [f"{value:.5g}" if isinstance(value, float) else value for value in row]
-            label = records["label"][k] if in_folders else 0
-            path = [f"train/{names[label]}/{k + 1:0{len(str(count))}d}.png"] if in_folders else []
-            table.writerow([k + 1, *path, *cells])
+            path = [_place("train", names[label], number, count)] if in_folders else []
+            table.writerow([number, *path, *cells])
 
 
 # (data, which names the classes; an empty folder; the parts by name) -> more lines for the card's header
