@@ -7,7 +7,7 @@ import shutil
 import pytest
 import small as small_run
 
-from sdgen_lib.config.settings import FIELDS, Settings
+from sdgen_lib.config.settings import FIELDS, Settings, resolve
 from sdgen_lib.course import ROWS, Course
 from sdgen_lib.diffusion.weights import TINY
 from sdgen_lib.evaluate import cas, scaling, sets
@@ -255,3 +255,29 @@ def test_data_of_other_content_gives_other_results(small, tmp_path):
     other = small(tmp_path, dataset=str(small_run.write_dataset(tmp_path / "small.npz", seed=1)))
     for name, step in results(first).items():
         assert first.run.fingerprint(step) != other.run.fingerprint(results(other)[name]), name
+
+
+def test_images_of_a_compiled_unet_are_results_of_their_own(small, tmp_path):
+    """In 16 bits they differ from the others: a search, a set and a table of them are not the others'."""
+    runs = {
+        "auto": small(tmp_path),
+        "never": small(tmp_path, compile_unet="no"),
+        "always": small(tmp_path, compile_unet="yes"),
+        "in other batches": small(tmp_path, compile_unet="yes", sample_batch_size=5),
+    }
+    of = {kind: {n: run.run.fingerprint(step) for n, step in results(run).items()} for kind, run in runs.items()}
+    assert of["auto"] == of["never"]  # so short a search is over before the compiler is
+    trained = {name for name in of["auto"] if name.startswith("inversion/")}
+    undrawn = {"latents", "1_transfer", "table_2/real"} | trained
+    for kind, other in (("auto", "always"), ("always", "in other batches")):
+        assert {name for name in of["auto"] if of[kind][name] == of[other][name]} == undrawn
+
+
+@pytest.mark.parametrize("name", ["max_multiple", "n_trials_retune", "rescored", "worth_multiple"])
+def test_what_auto_compiles_hangs_on_what_every_search_reads_alone(name, tmp_path):
+    """Else a larger set or a longer step 4 would have step 2 searched again."""
+    options = {"backbone": "tiny", "runs_dir": str(tmp_path), "num_images": 1000, "steps_min": 10, "steps_max": 15}
+    for trials, compiled in ((1, False), (2, True)):
+        for value in (1, 40):
+            course = Course(resolve(recipe="demo", **options, n_trials=trials, **{name: value}))
+            assert course.workspace.compiles() == compiled

@@ -44,7 +44,7 @@ TOPICS = {
     "table": "the rows of a table",
     "set": "what a synthetic set holds",
     "larger_sets": "how synthetic sets of several sizes hang together",
-    "how": "how it is computed, in no result's key: what comes out differs by rounding at most (see compile_unet)",
+    "how": "how it is computed, in no result's key (but see compile_unet): what comes out differs by rounding at most",
 }
 
 
@@ -248,7 +248,7 @@ class Settings:
         "auto",
         choices=("auto", "yes", "no"),
         read_by=("how",),
-        doc="for sampling; auto: where it pays. In 16 bits its images differ from others as two machines' do",
+        doc="for sampling; auto: where it pays. It changes 16-bit images: they are results of their own",
     )
     default_steps: int = setting(
         50, low=1, high=1000, read_by=("default_point",), doc="inference steps of the row 'after 1'"

@@ -25,6 +25,7 @@ from . import lora
 from . import weights as weight_files
 from .conditions import Condition
 
+SMALL_UNET = 200_000_000  # bytes of weights: the tiny one has 8 MB, Stable Diffusion's 1.7 GB or more
 PRETRAINED = "pretrained"  # the key of the UNet's own weights, see `Backbone.put_unet`
 
 
@@ -178,8 +179,8 @@ class Backbone:
 
     @property
     def gains_by_compiling(self) -> bool:
-        """Where it was measured to: a small UNet on a CPU, whose time goes into many small steps."""
-        return self.device == "cpu" and sum(p.numel() for p in self.unet.parameters()) < 50_000_000
+        """Whether a compiled UNet is worth its time, see `compiling_pays`."""
+        return self.source is not None and compiling_pays(self.source, self.device)
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor | None:
         """What makes the squared error of the noise that of the UNet's own target: (B,), or None for 1.
@@ -263,6 +264,14 @@ class Backbone:
 def find(name: str, precision: str = "auto", device: str | torch.device | None = None) -> weight_files.Source:
     """The files that `load` would read for these arguments; downloads what is missing."""
     return weight_files.find(name, half=compute_dtype(precision, as_device(device)) != torch.float32)
+
+
+def compiling_pays(source: weight_files.Source, device: str | torch.device | None = None) -> bool:
+    """Whether a model of these files passes faster compiled; it need not be loaded to know that.
+
+    Where it was measured to: a small UNet on a CPU, whose time goes into many small steps.
+    """
+    return as_device(device) == "cpu" and weight_files.unet_bytes(source) < SMALL_UNET
 
 
 def load(name: str = "tiny", device: str | torch.device | None = None, precision: str = "auto") -> Backbone:

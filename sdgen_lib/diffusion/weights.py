@@ -67,6 +67,11 @@ def fingerprint(source: Source) -> str:
     return found.hexdigest()
 
 
+def unet_bytes(source: Source) -> int:
+    """How large the UNet's weights are on disk."""
+    return sum(path.stat().st_size for path in (source.folder / "unet").glob("*.safetensors"))
+
+
 @functools.cache
 def _sha256(path: Path, size: int, modified: int) -> str:
     """A file's hash; computed again only once its ``size`` or the time it was ``modified`` has changed."""

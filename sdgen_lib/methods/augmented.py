@@ -357,7 +357,7 @@ class AugmentedMethod:
             topics=SAMPLING,
             needs=(self._class_encoder().transfer_step,) if s.augmented_text == "class_encoder" else (),
             roots=("model", "data"),
-            inputs={"conditioning": name, "guidance_scale": scale},
+            inputs={"conditioning": name, "guidance_scale": scale, **ws.drawing()},
             version=VERSION,
         )
         point = {

@@ -179,6 +179,7 @@ class ClassEncoderMethod:
             topics=("search", "search_space", "classifier", *SAMPLING),
             needs=(self.transfer_step,),
             roots=("data",),
+            inputs=self.ws.drawing(),
             work=lambda: self._search_work(self.ws.settings.n_trials, self.first_space(), self.ws.settings.rescored),
             title=f"Step 2: the search, {self.ws.settings.n_trials} trials",
         )
@@ -208,6 +209,7 @@ class ClassEncoderMethod:
             topics=("retune", "search_space", "classifier", *SAMPLING),
             needs=(self.transfer_step, self.tune_step(), self.finetune_step),
             roots=("data",),
+            inputs=self.ws.drawing(),
             work=self._retune_work,
             title=f"Step 4: the search, {_retune_trials(self.ws.settings)} trials",
         )
@@ -284,7 +286,9 @@ class ClassEncoderMethod:
             "after 4": (self.transfer_step, self.tune_step(), self.finetune_step, self.retune_step()),
         }[row]
         topics = (*SAMPLING, "default_point") if row == "after 1" else SAMPLING
-        step = Step(f"generator/{row}", make=never_made, topics=topics, needs=needs, roots=("model",))
+        step = Step(
+            f"generator/{row}", make=never_made, topics=topics, needs=needs, roots=("model",), inputs=self.ws.drawing()
+        )
         return Source(
             row,
             step,

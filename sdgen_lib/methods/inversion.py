@@ -390,7 +390,7 @@ class InversionMethod:
             topics=SAMPLING,
             needs=(self.vectors_step(checkpoint),),
             roots=("model",),
-            inputs={"guidance_scale": scale},
+            inputs={"guidance_scale": scale, **ws.drawing()},
             version=VERSION,
         )
         point = {
@@ -424,7 +424,7 @@ class InversionMethod:
             topics=SAMPLING,
             needs=tuple(self.vectors_step(k) for k in range(1, s.inversion_checkpoints + 1)),
             roots=("model",),
-            inputs={"guidance_scales": list(RELEASED_GUIDANCE)},
+            inputs={"guidance_scales": list(RELEASED_GUIDANCE), **ws.drawing()},
             version=VERSION,
         )
         return Source(

@@ -27,7 +27,7 @@ from ..diffusion import backbone as backbones
 from ..diffusion import weights
 from ..evaluate.sets import APART, block_step
 from ..methods.class_encoder import ROWS, SAMPLING, ClassEncoderMethod
-from ..store.run import DIGITS, RECORD, Result, digest, is_of_older_version, results, settings_used, upstream
+from ..store.run import DIGITS, RECORD, Result, digest, how_drawn, is_of_older_version, results, settings_used, upstream
 from ..work.workspace import Workspace
 from .origin import PUT_TOGETHER, made_at
 
@@ -120,11 +120,12 @@ def workspace_of(
     path = run_path_of(run_folder)
     choice = _chosen(path, to, row, result)
     with readable(path):
-        run, roots = choice.base.record["run"], {}
+        run, roots, how = choice.base.record["run"], {}, {}
         for part in upstream(path, choice.base).values():
-            roots |= part.record["roots"]
+            roots, how = roots | part.record["roots"], how | how_drawn(part)
         unlike = unlike_recipe(choice.settings, str(run["recipe"]))
         used = {name: "none" if value is None else value for name, value in unlike.items() if name not in NOT_OF_A_STEP}
+        used |= {"compile_unet": "no"} | how
         place = _place(run["dataset"], dataset)
         if dataset is None and not _may_be_read(run["dataset"], path.parents[1]):
             raise ValueError(_not_on_its_word("dataset", run["dataset"]))
@@ -206,8 +207,9 @@ def _sets(path: Path, row: str, needed: set[str]) -> Iterator[Choice]:
     generators: dict[str, dict[int, Result]] = {}
     for result in results(path, "5_datasets/block_*"):
         record = result.record
-        if set(record["needs"]) == needed and _is_by(result, row) and set(record["inputs"]) == {"block", "generator"}:
-            generator = digest({name: record[name] for name in ("needs", "settings", "roots")})
+        how = {name: value for name, value in record["inputs"].items() if name != "block"}
+        if set(record["needs"]) == needed and _is_by(result, row) and set(how) - {"compiled"} == {"generator"}:
+            generator = digest([how, *(record[name] for name in ("needs", "settings", "roots"))])
             generators.setdefault(generator, {})[record["inputs"]["block"]] = result
     rows = results(path, "table_2/x*")
     for blocks in generators.values():

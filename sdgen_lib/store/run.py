@@ -32,7 +32,8 @@ SAME = " #"  # between a name and its number, where a step needs several results
 DIGITS = 12  # of a fingerprint, in a folder's name
 VERSIONS = ("torch", "diffusers", "transformers", "optuna", "numpy")
 # What a record is made of, as far as anybody reads it.
-KINDS = dict(name=str, fingerprint=str, settings=dict, needs=dict, run=dict, facts=dict, finished=str, files=dict)
+KINDS = dict(name=str, fingerprint=str, settings=dict, needs=dict, inputs=dict, run=dict, facts=dict, finished=str)
+KINDS["files"] = dict
 DISCARDED = "discarded"  # in a record: the names of files that were deleted, since nothing was going to read them
 GROWING = (".log", ".lock")  # what other tools may append to has no checksum
 Work = Mapping[str, float]  # images by kind of pass, see `work.cost`
@@ -375,8 +376,14 @@ def settings_used(run_folder: Path, result: Result) -> dict[str, Any]:
     """Every setting that ``result`` depends on, with the value that was really used."""
     used: dict[str, Any] = {}
     for part in reversed(upstream(run_folder, result).values()):  # what the result itself says comes last
-        used |= part.record["settings"]
+        used |= part.record["settings"] | how_drawn(part)
     return used
+
+
+def how_drawn(result: Result) -> dict[str, Any]:
+    """The settings of topic "how" that the images in a result hang on, see `Workspace.drawing`; none for most."""
+    batch = result.record["inputs"].get("compiled")
+    return {"compile_unet": "yes", "sample_batch_size": batch} if batch else {}
 
 
 def is_of_older_version(run_folder: Path) -> bool:

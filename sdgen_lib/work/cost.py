@@ -43,10 +43,12 @@ def readable(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
 
 
-def sampling_passes(s: Settings, num_train: int) -> float:
-    """The UNet passes of a run's two searches and its largest set, about: guidance doubles each."""
-    trials = s.n_trials + (s.n_trials_retune or s.n_trials)
-    return (s.steps_min + s.steps_max) * (trials * s.num_images + s.max_multiple * num_train)
+def search_passes(s: Settings) -> float:
+    """The UNet passes of two searches as long as the first, about: guidance doubles each.
+
+    Of settings that every search reads, so that no other one makes its trials anew (see `Workspace.drawing`).
+    """
+    return (s.steps_min + s.steps_max) * 2 * s.n_trials * s.num_images
 
 
 def _unit(backbone: Backbone, kind: Pass) -> float:

@@ -130,7 +130,10 @@ class Workspace:
 
     @functools.cached_property
     def _source_fingerprint(self) -> str:
-        return weights.fingerprint(backbones.find(self.settings.backbone, self.settings.precision))
+        return weights.fingerprint(self._files())
+
+    def _files(self) -> weights.Source:
+        return backbones.find(self.settings.backbone, self.settings.precision)
 
     def _announcement(self, step: Step) -> str:
         if step.work is None:
@@ -172,11 +175,18 @@ class Workspace:
 
     def compiles(self) -> bool:
         """Whether the UNet is compiled for sampling: as ``compile_unet`` says, or (auto) where that was measured to be
-        faster and the run's searches and sets take so many passes that it makes up for the minute it takes."""
+        faster and the run's searches take so many passes that it makes up for the minute it takes."""
         s = self.settings
         if s.compile_unet == "auto":
-            return self.backbone.gains_by_compiling and cost.sampling_passes(s, len(self.data.train)) >= 100_000
+            return cost.search_passes(s) >= 100_000 and backbones.compiling_pays(self._files())
         return s.compile_unet == "yes"
+
+    def drawing(self) -> dict[str, int]:
+        """What tells images drawn here from those of the same generator drawn otherwise, among a step's inputs.
+
+        Only whole batches pass a compiled UNet, and in 16 bits its images differ: "compiled" is the batch's size.
+        """
+        return {"compiled": self.settings.sample_batch_size} if self.compiles() else {}
 
     def unet_pass(self) -> str:
         """The kind of pass that sampling takes, see `Pass`."""

@@ -24,10 +24,11 @@ from sdgen_lib import data
 from sdgen_lib.config.settings import resolve
 from sdgen_lib.data import Split
 from sdgen_lib.data.folders import folder_names
-from sdgen_lib.diffusion import weights
+from sdgen_lib.diffusion import backbone, weights
 from sdgen_lib.evaluate import quality
 from sdgen_lib.evaluate.filters import Filter
 from sdgen_lib.evaluate.sets import block_step, synthetic
+from sdgen_lib.methods.class_encoder import ClassEncoderMethod
 from sdgen_lib.share import export, generator
 from sdgen_lib.share.formats import write_parquet
 from sdgen_lib.share.reopen import choices, workspace_of
@@ -591,6 +592,22 @@ def test_a_strangers_settings_of_how_are_not_taken(moved):
     settings = workspace_of(run, dataset=str(dataset)).settings
     assert (settings.storage, settings.dataset, settings.seed) == (None, str(dataset), 0)
     assert settings.runs_dir == str(run.parents[1]) and settings.sample_batch_size == resolve("demo").sample_batch_size
+
+
+def test_a_set_that_a_compiled_unet_drew_is_taken_away_beside_the_others(moved, tmp_path, monkeypatch):
+    monkeypatch.setattr(backbone.Backbone, "compile_unet", lambda self, *sizes: None)  # only what is on record counts
+    run, dataset = moved
+    runs_dir, elsewhere = run.parents[1], str(dataset)
+    ws = workspace_of(run, dataset=elsewhere).varied(compile_unet="yes", sample_batch_size=3)
+    synthetic(ws, ClassEncoderMethod(ws).source("after 4"), 1)
+    eager, compiled = choices(run, "folder", "after 4")
+    assert "compile_unet='yes'" in compiled.line and "compile_unet" not in eager.line
+    for choice, how in ((eager, ("no", 4)), (compiled, ("yes", 3))):
+        again = workspace_of(run, dataset=elsewhere, result=choice.newest.fingerprint[:12])
+        assert again.run.path.parents[1] == runs_dir and again.settings.compile_unet == how[0]
+        assert how[0] == "no" or again.settings.sample_batch_size == how[1]
+        source = ClassEncoderMethod(again).source("after 4")
+        assert again.run.fingerprint(block_step(again, source, 1)) == choice.base.fingerprint
 
 
 # --- what is opened on a stranger's word ---
