@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,7 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     module, _ = COMMANDS[command]
-    return importlib.import_module(f".{module}", __package__).main(argv[1:])
+    try:
+        found = importlib.import_module(f".{module}", __package__).main(argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` say, has seen enough; Python's own last flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return found
 
 
 if __name__ == "__main__":

@@ -93,6 +93,14 @@ def test_the_form_of_one_module_a_command_works(old, name, capsys, monkeypatch):
     check_help(capsys.readouterr().out, name)
 
 
+def test_a_reader_who_has_seen_enough_is_no_error():
+    """``python -m sdgen_lib report | head -1``"""
+    command = [sys.executable, "-m", "sdgen_lib", "bench", "--help"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_both_forms_in_a_process_of_their_own():
     new, old = python("-m", "sdgen_lib", "report", "--help"), python("-m", "sdgen_lib.report", "--help")
     assert (new.returncode, old.returncode) == (0, 0)

@@ -240,7 +240,9 @@ class Run:
         folder = self.folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         if self.ranks.first:
-            self.forget(step)  # a record whose files were damaged: until it is written anew this is unfinished
+            if (folder / RECORD).exists() and _record_in(folder) is None:
+                print(f"{folder / RECORD} is damaged (not as it was written): the result is made again.")
+            self.forget(step)  # until a record is written anew this is unfinished
             files.remove_leftovers(folder)
             if step.title:
                 print(self.announce(step))
@@ -336,12 +338,17 @@ class Run:
 
 def read_result(folder: Path) -> Result | None:
     """The finished result in ``folder``; None where there is none, a file of it is missing or its record is damaged."""
+    record = _record_in(folder)
+    whole = record is not None and all(_is_there(folder, name) for name in record["files"])
+    return Result(folder, record) if whole else None
+
+
+def _record_in(folder: Path) -> dict[str, Any] | None:
+    """What ``record.json`` says, if it is as it was written."""
     record = files.load_json(folder / RECORD)
     if not isinstance(record, dict) or record.get("sum") != digest({k: v for k, v in record.items() if k != "sum"}):
         return None
-    if not all(isinstance(record.get(name), kind) for name, kind in KINDS.items()):
-        return None
-    return Result(folder, record) if all(_is_there(folder, name) for name in record["files"]) else None
+    return record if all(isinstance(record.get(name), kind) for name, kind in KINDS.items()) else None
 
 
 def _is_there(folder: Path, name: str) -> bool:

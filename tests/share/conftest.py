@@ -46,9 +46,14 @@ def prompts():
         def build():
             conditioner, fingerprint = Prompts(ws.backbone, ws.data.num_classes), ws.run.fingerprint(step)
             return LatentGenerator(
-                ws.backbone, conditioner, ws.data.class_names, 1, 1.5, image_size=ws.data.image_size,
+                ws.backbone,
+                conditioner,
+                ws.data.class_names,
+                1,
+                1.5,
+                image_size=ws.data.image_size,
                 fingerprint=fingerprint,
-            )  # fmt: skip
+            )
 
         step = Step(f"generator/{name}", None, topics=("seed", "precision"), roots=("model",), inputs={"words": name})
         point = {"num_inference_steps": 1, "guidance_scale": 1.5}

@@ -24,11 +24,15 @@ from sdgen_lib.share.origin import Origin, cas_of_generator, cas_of_real, cas_of
 from sdgen_lib.show.names import printable
 
 ORIGIN = Origin(
-    "digits:100", "tiny", "demo", 3, "after 4",
+    "digits:100",
+    "tiny",
+    "demo",
+    3,
+    "after 4",
     {"num_inference_steps": 7, "guidance_scale": 1.23456789, "transfer_epoch": 2, "finetune_epoch": None},
     {"seed": 3, "select_on": "val", "finetune_learning_rate": 1e-5, "n_trials": 18, "class_mix": "real"},
     ("latents", "1_transfer", "2_tune"),
-)  # fmt: skip
+)
 
 
 def data_of(class_names=("ant", "bee"), slug="some-slug"):
@@ -57,12 +61,23 @@ def test_a_dataset_card():
     assert header["size_categories"] == ["n<1K"] and header["pretty_name"].startswith("digits:100")
     for line in (
         "8 **generated** training images of 8x8 pixels in 2 classes: 2 times the real training set, with its class",
-        "| train | 8 |", "| inference steps (IS) | 7 |", "| guidance scale (UGS) | 1.2346 |", "| recipe | demo |",
-        "| seed | 3 |", "| epoch of the Class-Encoder | 2 |", "| changed: finetune_learning_rate | 1e-05 |",
-        "| generated, x2 | 55.0 ± 7.1 % (2 classifiers) | 50.0 ± 0.0 % |", "| real | not measured in this run |",
-        "would be right in 75.0 %", "CC BY 4.0", "Apache-2.0", "Made from 4 real", "| 0 | ant | ant |",
-        'np.load("./out/some-slug.npz"', "2405.02698",
-    ):  # fmt: skip
+        "| train | 8 |",
+        "| inference steps (IS) | 7 |",
+        "| guidance scale (UGS) | 1.2346 |",
+        "| recipe | demo |",
+        "| seed | 3 |",
+        "| epoch of the Class-Encoder | 2 |",
+        "| changed: finetune_learning_rate | 1e-05 |",
+        "| generated, x2 | 55.0 ± 7.1 % (2 classifiers) | 50.0 ± 0.0 % |",
+        "| real | not measured in this run |",
+        "would be right in 75.0 %",
+        "CC BY 4.0",
+        "Apache-2.0",
+        "Made from 4 real",
+        "| 0 | ant | ant |",
+        'np.load("./out/some-slug.npz"',
+        "2405.02698",
+    ):
         assert line in body
     assert "changed: n_trials" not in body and "flatter" not in body and "epoch of the UNet" not in body
     assert "a Class-Encoder in the text encoder's place, the number of inference steps" in body

@@ -313,9 +313,12 @@ def test_without_real_images_and_fewer_blocks(course, expected, tmp_path):
 
 @pytest.mark.parametrize(
     ("multiple", "error", "words"),
-    [(3, FileNotFoundError, r"x1 \.\. x2 of this .* not x3: run chapter 07 with max_multiple=3"),
-     (0, ValueError, "1 or more times"), (-1, ValueError, "1 or more times")],
-)  # fmt: skip
+    [
+        (3, FileNotFoundError, r"x1 \.\. x2 of this .* not x3: run chapter 07 with max_multiple=3"),
+        (0, ValueError, "1 or more times"),
+        (-1, ValueError, "1 or more times"),
+    ],
+)
 def test_more_than_there_is(course, tmp_path, multiple, error, words):
     with pytest.raises(error, match=words):
         export.export(course.workspace, course.source(), "npz", tmp_path / "out", multiple=multiple)
@@ -418,9 +421,12 @@ def test_a_run_with_several_results(small, tmp_path, capsys):
     export.main([str(run), "--list"])
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == [
-        "generated", older.base.fingerprint[:12], newer.base.fingerprint[:12],
-        "generators,", *(r.fingerprint[:12] for r in results(run, "4_retune")),
-    ]  # fmt: skip
+        "generated",
+        older.base.fingerprint[:12],
+        newer.base.fingerprint[:12],
+        "generators,",
+        *(r.fingerprint[:12] for r in results(run, "4_retune")),
+    ]
     assert "transfer_epochs=1" in listed[1] and "n_trials=4" in listed[1] and "n_trials=3" in listed[2]
     for wrong, count in (("", 2), ("x", 0)):
         with pytest.raises(SystemExit, match=f"^{count} of these") as error:

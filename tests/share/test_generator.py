@@ -186,11 +186,23 @@ def test_format_1(tiny, tmp_path, rank, unconditional, tokens):
         tensors = {"linear.0.weight": first, "linear.0.bias": begin, "linear.1.weight": second}
     safetensors.torch.save_file(tensors, folder / "class_encoder.safetensors")
     facts = {
-        "format": 1, "class_names": list(NAMES), "num_inference_steps": 2, "guidance_scale": 1.5,
-        "unconditional": unconditional, "sampler": "ddim", "antialias": True, "tokens": tokens, "rank": rank,
-        "image_size": 16, "trained_on": "digits", "backbone": "tiny", "recipe": "demo", "seed": 0, "row": "after 4",
+        "format": 1,
+        "class_names": list(NAMES),
+        "num_inference_steps": 2,
+        "guidance_scale": 1.5,
+        "unconditional": unconditional,
+        "sampler": "ddim",
+        "antialias": True,
+        "tokens": tokens,
+        "rank": rank,
+        "image_size": 16,
+        "trained_on": "digits",
+        "backbone": "tiny",
+        "recipe": "demo",
+        "seed": 0,
+        "row": "after 4",
         "point": {"IS": 2, "UGS": 1.5, "transfer_epoch": 1, "finetune_epoch": 1},
-    }  # fmt: skip
+    }
     (folder / "generator.json").write_text(json.dumps(facts, indent=1))
     loaded = sdgen_lib.load(folder, "cpu", "fp32")
     contexts = (weight.T + bias).view(3, tokens, tiny.width)
@@ -301,9 +313,15 @@ def test_a_folder_that_is_no_generator(tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "words"),
-    [(["zero"], "'zero'.*Allowed: ant, bee"), ([3], "from 0 to 2.*not 3"), ([-1], "not -1"), ([0.5], "not 0.5"),
-     ([], "empty"), ("ant", r"\['ant'\]")],
-)  # fmt: skip
+    [
+        (["zero"], "'zero'.*Allowed: ant, bee"),
+        ([3], "from 0 to 2.*not 3"),
+        ([-1], "not -1"),
+        ([0.5], "not 0.5"),
+        ([], "empty"),
+        ("ant", r"\['ant'\]"),
+    ],
+)
 def test_wrong_labels(saved, labels, words):
     with pytest.raises(ValueError, match=words):
         generator.load(saved, "cpu", "fp32")(labels)

@@ -160,15 +160,17 @@ def test_a_damaged_file_is_noticed_when_it_is_read_and_made_again(run, capsys):
     assert "value.json.damaged" not in run().result(step).record["files"]
 
 
-def test_a_missing_file_or_a_damaged_record_is_no_result(run):
+def test_a_missing_file_or_a_damaged_record_is_no_result(run, capsys):
     maker = Maker()
     step = maker.step("a")
     path = run().file(step, "value.json")
+    assert "damaged" not in capsys.readouterr().out
     path.unlink()
     assert run().peek(step) is None and value(run(), step) == ["a"]
     for spoil in (flip, lambda record: record.write_text("{"), lambda record: record.write_text("[]")):
         spoil(path.with_name("record.json"))
         assert run().peek(step) is None and value(run(), step) == ["a"]
+        assert capsys.readouterr().out.count("record.json is damaged (not as it was written)") == 1
     assert len(maker.made) == 5
 
 
