@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from ..config.settings import View
 from ..data import Split
 from ..data.tails import long_tailed
 from ..methods.augmented import AugmentedMethod
+from ..store import files
 from ..store.run import Step
 from ..work.workspace import Source, Workspace
 from .rows import Training, row_step
+from .sets import records
 from .worth import GENERATED, KINDS, Study, steps_for, studied
 
+FILLING = "filling.safetensors"
 FILL_VERSION = 1  # raised whenever the same settings would fill a tail otherwise
 PRIORS = ("none", "real", "batch")
 
@@ -102,42 +106,60 @@ AS_PUBLISHED = {
 }
 
 
+def filling_step(method: AugmentedMethod, conditioning: str, drawn: int = 0) -> Step:
+    """What a long tail lacks to balance, drawn once for all rows that are filled so: `FILLING`, with what is on record
+    of each image (see `sets.records`). ``method``, ``drawn``: as `tail_step` takes them."""
+    ws, source = method.ws, method.source(conditioning)
+    lacking = missing_labels(ws.data.train, ws.data.num_classes)
+
+    def make(folder: Path, view: View) -> dict[str, Any]:
+        generator = source.build()
+        images = generator(lacking, seed=view.seed, set_name=f"long tail {drawn}", progress=conditioning)
+        on_record = records(generator, lacking, view.seed, first_index=0)
+        files.save_tensors(folder / FILLING, {"images": images, **on_record})
+        return {"point": dict(source.point()), "num_images": len(images)}
+
+    return Step(
+        "long_tail/filling",
+        make,
+        topics=("seed", *source.step.topics),
+        needs=source.step.needs,
+        roots=tuple(dict.fromkeys(("data", *source.step.roots))),
+        inputs={"drawn": drawn, **source.inputs()},
+        version=FILL_VERSION,
+        work=lambda: source.passes(len(lacking)),
+    )
+
+
 def tail_step(method: AugmentedMethod, row: Row, drawn: int = 0) -> Step:
     """One row of the long tail's table; ``method`` is of a `tailed` run. ``drawn``: which set of generated images."""
     ws, real, classes = method.ws, method.ws.data.train, method.ws.data.num_classes
     lacking = missing_labels(real, classes)
-    source = method.source(row.filled) if row.filled and len(lacking) else None  # of balanced images nothing is lacking
+    fills = bool(row.filled) and len(lacking) > 0  # of balanced images nothing is lacking
+    filling = filling_step(method, row.filled, drawn) if fills else None
     balanced = len(real) + len(lacking)
 
     def training(view: View) -> Training:
-        if source is None:
+        if filling is None:
             return Training(oversampled(real, classes) if row.oversample else real)
-        images = source.build()(lacking, seed=view.seed, set_name=f"long tail {drawn}", progress=f"{row.filled}")
-        made = Split(images, lacking)
-        return Training(Mixture((real, made), (1, 1) if row.half else None), {"point": dict(source.point())})
+        made = Split(files.load_tensors(ws.run.file(filling, FILLING))["images"], lacking)
+        return Training(
+            Mixture((real, made), (1, 1) if row.half else None), {"point": ws.run.result(filling).facts["point"]}
+        )
 
-    prior = prior_of(row.prior, real.labels, lacking if source else lacking[:0], classes)
+    prior = prior_of(row.prior, real.labels, lacking if filling else lacking[:0], classes)
     return row_step(
         ws,
         "long_tail",
         training,
         balanced if row.filled or row.oversample else len(real),
-        needs=source.step.needs if source else (),
-        topics=("augmented", "sampling") if source else (),
-        roots=("model",) if source else (),
-        inputs={
-            "row": dataclasses.asdict(row),
-            "drawn": drawn,
-            "made": FILL_VERSION,
-            "prior": prior,
-            **(source.inputs() if source else {}),
-        },
+        needs=(filling,) if filling else (),
+        inputs={"row": dataclasses.asdict(row), "prior": prior},
         options={
             "augmentation": row.augmentation,
             **({"class_prior": tuple(prior)} if prior else {}),
             **steps_for(ws, balanced),
         },
-        before=(lambda: source.passes(len(lacking))) if source else None,
     )
 
 

@@ -12,6 +12,7 @@ from sdgen_lib.data.tails import long_tailed
 from sdgen_lib.evaluate import augmented_studies as studies
 from sdgen_lib.evaluate.augmented_studies import AS_PUBLISHED, TAIL, Row
 from sdgen_lib.methods.augmented import AugmentedMethod
+from sdgen_lib.store import files
 
 
 def split_of(*labels):
@@ -88,6 +89,22 @@ def test_each_row_of_a_tail_is_another_result(method):
     found = {name: tail.ws.run.fingerprint(studies.tail_step(tail, row)) for name, row in rows.items()}
     found["drawn anew"] = tail.ws.run.fingerprint(studies.tail_step(tail, TAIL["filled: text"], drawn=1))
     assert len(set(found.values())) == len(rows) + 1
+
+
+def test_a_filling_is_drawn_once_and_says_whose_likeness_its_images_may_be(method):
+    tail = AugmentedMethod(studies.tailed(method.ws))
+    real, run = tail.ws.data.train, tail.ws.run
+    filled = {name: row for name, row in (TAIL | AS_PUBLISHED).items() if row.filled == "random image"}
+    assert len(filled) > 2
+    steps = [studies.tail_step(tail, row).needs for row in filled.values()]
+    assert {run.folder(step) for (step,) in steps} == {run.folder(studies.filling_step(tail, "random image"))}
+    found = files.load_tensors(run.file(steps[0][0], studies.FILLING))
+    assert found["label"].tolist() == studies.missing_labels(real, tail.ws.data.num_classes).tolist()
+    assert len(found["images"]) == len(found["label"]) and found["images"].dtype == torch.uint8
+    assert real.labels[found["real_image"]].tolist() == found["label"].tolist()
+    source = tail.source("random image").build()
+    again = source(found["label"], seed=tail.ws.settings.seed, set_name="long tail 0")
+    assert torch.equal(again, found["images"])
 
 
 def test_a_half_real_row_is_trained_with_its_prior(method):
