@@ -51,6 +51,7 @@ def rows_of(ws: Workspace, generated: Split, tests: Mapping[str, Split] | None =
                 inputs=given,
                 options={"augmentation": augmentation, **steps_for(ws, max(len(real), len(generated)))},
                 tests=tests,
+                label=name if augmentation == "none" else f"{name}, {augmentation}",
             )
     return steps
 

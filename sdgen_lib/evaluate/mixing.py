@@ -14,6 +14,7 @@ from ..classify.augment import AUGMENTATIONS
 from ..classify.networks import NETWORKS
 from ..methods.named import generator_of
 from ..work.workspace import Source, Workspace
+from .filters import RANDOM, Filter
 from .worth import BOTH, GENERATED, Study, studied
 
 REAL_AND_BOTH = ("real", "both")
@@ -25,13 +26,16 @@ def studies(ws: Workspace) -> dict[str, Study]:
     s, n = ws.settings, len(ws.data.train)
     ratios = {f"{real}:{made}": {"ratio": (real, made)} for real, made in ((7, 1), (1, 1), (1, 7))}
     amounts = sorted({1, 2, 3, 5, 10, s.worth_multiple} & set(range(1, s.worth_multiple + 1)))
+    half = {"x0.5": {"multiple": 1, "kept": Filter(RANDOM, 0.5), "steps_of": s.worth_multiple}}
+    if s.larger_sets != "nested":  # filters need sets whose images have a place of their own
+        half = {}
     counts = [count for count in COUNTS if 2 * ws.data.num_classes <= count < n]
     return {
         "ratio": Study("real to generated images in a batch", BOTH, {"as one set": {}} | ratios),
         "amount": Study(
             "generated images, times the real ones",
             (*GENERATED, *BOTH),
-            {f"x{k}": {"multiple": k, "steps_of": s.worth_multiple} for k in amounts},
+            half | {f"x{k}": {"multiple": k, "steps_of": s.worth_multiple} for k in amounts},
         ),
         "augmentation": Study("augmentation", REAL_AND_BOTH, {name: {"augmentation": name} for name in AUGMENTATIONS}),
         "network": Study("network", REAL_AND_BOTH, {name: {"network": name} for name in NETWORKS}),

@@ -29,7 +29,7 @@ from .metrics import NEIGHBOURS
 from .sets import block_step, synthetic_blocks
 
 JUDGE, TABLE = "judge.safetensors", "scores.safetensors"
-VERSION = 1  # raised whenever the same settings would give other scores
+VERSION = 2  # raised whenever the same settings would give other scores
 #: What is known of each generated image; of all of them more is better.
 SCORES = {
     "confidence": "the probability that a classifier of real images gives the class asked for",
@@ -37,6 +37,7 @@ SCORES = {
     "nearness": "minus the distance to the nearest real image of the class, in the classifier's features",
     "density": "in how many balls around real images of the class it lies, over k (Naeem et al. 2020)",
     "authenticity": "its distance to the nearest real image over that one's to its own: 1 or less is a copy",
+    "contrast": "the standard deviation of its pixel values (0..255): 0 is one colour alone",
 }
 
 
@@ -64,19 +65,22 @@ def image_scores(network: ResNet20, real: Split, generated: Split, k: int = NEIG
         "nearness": nearness,
         "density": density,
         "authenticity": metrics.authenticities(of_real, of_generated).float(),
+        "contrast": torch.stack([image.float().std(correction=0) for image in generated.images]),
     }
 
 
 def suspects(scores: Mapping[str, torch.Tensor], of_real: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Which images look wrong, bool (M,) each: "another class", "unlike any", "copy".
+    """Which images look wrong, bool (M,) each: "another class", "unlike any", "copy", "blank".
 
     ``of_real``: the scores of real images that the judge did not learn from. "Another class": the judge answers so.
-    "Unlike any": farther from the real images of its class than 99 of 100 real ones are. "Copy": see `SCORES`.
+    "Unlike any": farther from the real images of its class than 99 of 100 real ones are. "Copy": see `SCORES`; of an
+    image that the judge learnt from. "Blank": with less than half of the contrast that any of the real ones has.
     """
     return {
         "another class": scores["agreement"] == 0,
         "unlike any": scores["nearness"] < torch.quantile(of_real["nearness"], 0.01),
         "copy": scores["authenticity"] <= 1,
+        "blank": scores["contrast"] < 0.5 * of_real["contrast"].min(),
     }
 
 

@@ -55,6 +55,7 @@ def row_step(
     attacks: Mapping[str, Attack] | None = None,
     before: Callable[[], Work] | None = None,
     title: str = "",
+    label: str = "",
 ) -> Step:
     """The step of one row, ``name`` of a table ("table_2/x1").
 
@@ -62,7 +63,8 @@ def row_step(
     ``roots`` and ``inputs``: what it depends on beside the classifier's own settings, the ratio and the weights of a
     mixture among them. ``options``: of `classify.train_classifier` (network, augmentation, steps), over the settings'.
     ``tests``: named test sets beside the data's own, which is "test". ``attacks``: of the data's own test images, by
-    name. ``before()``: what is done before the classifiers, for the estimate.
+    name. ``before()``: what is done before the classifiers, for the estimate. ``label``: what their progress bar says,
+    if the row's ``name`` does not tell it from others.
     """
     for name_taken, whose in (("test", "the data's own test images"), ("__metadata__", "no tensor of a file")):
         if name_taken in (tests or {}):
@@ -71,7 +73,7 @@ def row_step(
 
     def make(folder: Path, s: View) -> dict[str, Any]:
         found = training(s)
-        scored = scores(ws, s, found.images, tests, {**options, "attacks": attacks}, name)
+        scored = scores(ws, s, found.images, tests, {**options, "attacks": attacks}, label or name)
         predicted = {test: torch.stack([r.tests[test].predicted for r in scored]) for test in tests}
         files.save_tensors(folder / PREDICTED, predicted)
         n, classes = len(ws.data.test), ws.data.num_classes

@@ -124,6 +124,7 @@ def worth_step(
         },
         tests=tests,
         attacks=attacks,
+        label=", ".join([kind, *([augmentation] if augmentation != "none" else []), *([str(kept)] if kept else [])]),
     )
 
 

@@ -58,8 +58,23 @@ def sentences(found: Judged) -> list[str]:
         f"Suspect images, and in brackets how many of the real validation images are suspect in the same way: {flags}.",
         f"{len(rows['real']['test'])} classifiers a row. The intervals cover their random starts alone: not another "
         "choice of the images, real or generated.",
+        "Copies are looked for among the real training images, not among those that validate and test.",
         *tables.taught_too_little(rows),
     ]
+
+
+def images_table(found: Judged) -> pd.DataFrame:
+    """A row for each generated image, in their order: its class's number, its number in that class (from 1; in a folder
+    the files' order by name), its scores, whether it is suspect and how, and the nearest real training image, from 0.
+    """
+    labels, scores = found.generated.labels, found.assessment.scores
+    flags = quality.suspects(scores, found.assessment.of_real)
+    table = pd.DataFrame({"class": labels.tolist()})
+    table["number_in_class"] = table.groupby("class").cumcount() + 1
+    numbers = {name: values.tolist() for name, values in scores.items()}
+    return table.assign(**numbers, **{name.replace(" ", "_"): rows.tolist() for name, rows in flags.items()}).assign(
+        nearest_real_image=found.assessment.nearest.tolist()
+    )
 
 
 def measures(found: Judged) -> pd.DataFrame:
@@ -95,7 +110,7 @@ def suspects_figure(found: Judged, data: ImageData) -> Figure | None:
     wrong = quality.suspects(scores, found.assessment.of_real)
     chosen = {}
     for name, score in (("another class", "confidence"), ("unlike any", "nearness")):
-        rows = wrong[name].nonzero()[:, 0]
+        rows = (wrong[name] & ~wrong["blank"]).nonzero()[:, 0]  # one grey square looks like the next
         chosen[name] = rows[scores[score][rows].argsort(stable=True)[:SHOWN]]
     chosen = {name: rows for name, rows in chosen.items() if len(rows)}
     if not chosen:

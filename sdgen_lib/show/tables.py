@@ -174,8 +174,9 @@ def compared(values: Sequence[float], others: Sequence[float]) -> tuple[float, f
     """How far two rows lie apart, by pairs of classifiers of equal seeds: (mean, low, high, verdict), in points.
 
     ``values``, ``others``: accuracies, as fractions, of as many classifiers. From low to high is the 95 % interval of
-    the mean, Student's; it covers the classifiers' random starts alone. A single pair has none: NaN. The verdict is
-    "better" or "worse" where the interval leaves 0 out, "no difference is shown" where it does not.
+    the mean, Student's; it covers the classifiers' random starts alone. A single pair has none: NaN; nor have pairs
+    that are all equally far apart, as few classifiers on few test images may be. The verdict is "better" or "worse"
+    where the interval leaves 0 out, "no difference is shown" where it does not.
     Raises ValueError for rows of different numbers of classifiers, or of none.
     """
     if len(values) != len(others) or not len(values):
@@ -187,6 +188,8 @@ def compared(values: Sequence[float], others: Sequence[float]) -> tuple[float, f
     mean = float(pairs.mean())
     if len(pairs) < 2:
         return mean, float("nan"), float("nan"), "a single pair cannot tell"
+    if np.ptp(pairs) < 100 * ROUNDING < abs(mean):
+        return mean, float("nan"), float("nan"), "equal in every pair, which cannot tell"
     reach = float(stdtrit(len(pairs) - 1, 0.975) * pairs.std(ddof=1) / np.sqrt(len(pairs)))
     verdict = "better" if mean > reach else "worse" if mean < -reach else "no difference is shown"
     return mean, mean - reach, mean + reach, verdict

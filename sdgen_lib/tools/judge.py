@@ -31,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _judge(args: argparse.Namespace) -> None:
     out = Path(args.out).expanduser().absolute()
-    if out.is_dir() or (out.exists() and not args.overwrite):
-        or_else = "" if out.is_dir() else ", or --overwrite"
-        raise FileExistsError(f"{printable(out)} is there: give another --out{or_else}.")
+    for path in (out, _images_path(out)):
+        if path.is_dir() or (path.exists() and not args.overwrite):
+            or_else = "" if path.is_dir() else ", or --overwrite"
+            raise FileExistsError(f"{printable(path)} is there: give another --out{or_else}.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,23 +62,34 @@ def _judge(args: argparse.Namespace) -> None:
     )
     found = judged(ws, generated, tests)
     print()
-    print(tables.worth_table(found.rows).to_string())
-    print()
-    print(tables.elsewhere_table(found.rows).T.to_string(), end="\n\n")
-    print(found.assessment.classes.round(1).to_string(), end="\n\n")
-    print(judged_report.measures(found).to_string(), end="\n\n")
+    for title, table in {
+        "Classifiers": tables.worth_table(found.rows),
+        "The same classifiers elsewhere": tables.elsewhere_table(found.rows).T,
+        "Class by class, the one most often taken for another first": found.assessment.classes.round(1),
+        "The whole set": judged_report.measures(found),
+    }.items():
+        print(f"{title}:\n{table.to_string()}", end="\n\n")
     print("\n".join(judged_report.sentences(found)))
     page = judged_report.page(found, data, args.real, args.generated)
     with files.whole_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    print(f"\nWith pictures: {printable(out)}")
+    scored = _images_path(out)
+    with files.whole_file(scored) as temporary:
+        judged_report.images_table(found).to_csv(temporary, index=False)
+    print(f"\nWith pictures: {printable(out)}\nEach generated image: {printable(scored)}")
+
+
+def _images_path(out: Path) -> Path:
+    """Where the table of the generated images goes, beside the page."""
+    return out.with_name(f"{out.stem}_images.csv")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sdgen_lib judge",
         description="Classifiers of real, generated and both, with equal steps; how good each class is; copies; other "
-        "test sets. Prints tables and writes a page with pictures. Finished classifiers are kept and found again.",
+        "test sets. Prints tables; writes a page with pictures, and beside it a .csv with the scores of each generated "
+        "image. Finished classifiers are kept, and found again by the same command.",
     )
     parser.add_argument("real", metavar="REAL", help="real images: a dataset's name, an .npz file or a folder")
     parser.add_argument(

@@ -50,9 +50,15 @@ def test_every_generator_draws_through_the_same_door(small, tmp_path):
 
 def test_a_studys_rows_have_equal_steps_but_where_epochs_are_equal(small, tmp_path):
     ws = small(tmp_path, classifier_batch_size=8).workspace  # 7:1 needs eight
-    for name in ("ratio", "labels"):
+    for name in ("ratio", "labels", "amount"):
         found = mixing.study(ws, "after 1", name, 2)
         assert len({row["steps"][0] for row in found.values()}) == 1
+    n = len(ws.data.train)  # of "amount"
+    assert {value: row["num_images"] / n for (value, kind), row in found.items() if kind == "generated"} == {
+        "x0.5": 0.5,
+        "x1": 1,
+        "x2": 2,
+    }
     found = mixing.study(ws, "after 1", "training", 2)
     steps = {key: row["steps"][0] for key, row in found.items()}
     n, epochs, batch = len(ws.data.train), ws.settings.classifier_epochs, ws.settings.classifier_batch_size

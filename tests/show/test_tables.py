@@ -121,6 +121,10 @@ def test_compared_is_students_paired_test():
     assert tables.compared(others, values)[3] == "worse"
     assert tables.compared([0.9, 0.8], [0.8, 0.9])[3] == "no difference is shown"
     assert tables.compared([0.9, 0.9], [0.9, 0.9]) == (0, 0, 0, "no difference is shown")
+    mean, low, high, verdict = tables.compared([0.9, 0.8], [0.89, 0.79])  # one image of 100 more, both times
+    assert (
+        mean == pytest.approx(1) and np.isnan([low, high]).all() and verdict == "equal in every pair, which cannot tell"
+    )
     mean, low, high, verdict = tables.compared([0.9], [0.8])
     assert mean == pytest.approx(10) and np.isnan([low, high]).all() and verdict == "a single pair cannot tell"
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from test_notebooks import ROOT
@@ -13,6 +14,7 @@ from sdgen_lib import __main__ as command
 from sdgen_lib.classify import train_classifier
 from sdgen_lib.data import Split, load
 from sdgen_lib.data.sources import load_generated
+from sdgen_lib.evaluate import quality
 from sdgen_lib.evaluate.judged import judged
 from sdgen_lib.share.formats import part_of, write_folder
 from sdgen_lib.show import judged_report
@@ -57,8 +59,17 @@ def test_two_folders_are_judged_and_found_again(tmp_path, capsys):
     assert str(other) in said and "jpeg" in said
     assert "<script" not in page and "<b>dog" not in page and "cat &amp; &lt;b&gt;dog" in page
     assert len(re.findall('src="data:image/png;base64,', page)) >= 2
-    with pytest.raises(SystemExit, match="is there: give another --out, or --overwrite"):
-        run(tmp_path, real, made)
+    images = pd.read_csv(tmp_path / "page_images.csv")
+    assert images["class"].tolist() == [0] * 9 + [1] * 9 and images["number_in_class"].tolist() == [*range(1, 10)] * 2
+    assert (
+        set(quality.SCORES) | {"another_class", "unlike_any", "copy", "blank"} < set(images)
+        and not images["blank"].any()
+    )
+    for kept in ("page.html", "page_images.csv"):
+        (tmp_path / kept).rename(tmp_path / "away")
+        with pytest.raises(SystemExit, match="is there: give another --out, or --overwrite"):
+            run(tmp_path, real, made)
+        (tmp_path / "away").rename(tmp_path / kept)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")}
     run(tmp_path, real, made, "--test", other, "--classifiers", "2", "--overwrite")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")} == before
