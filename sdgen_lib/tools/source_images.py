@@ -17,25 +17,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = 32  # pixels, the side of every source image
+from . import source_scenes
+from .source_colours import COLOURS, SIZE, colour, uniform
+
 ATLAS_SIZE = 64  # pixels, the side of the mask from which a glyph is warped
 FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-BoldOblique DejaVuSans-Oblique DejaVuSansMono
 DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic
 STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta cmb10 cmr10 cmss10 cmti10 cmtt10""".split()
-COLOURS = {
-    "black": (12, 12, 12),
-    "white": (243, 243, 243),
-    "grey": (128, 128, 128),
-    "red": (205, 45, 45),
-    "green": (55, 150, 65),
-    "blue": (50, 80, 190),
-    "yellow": (230, 210, 70),
-    "orange": (230, 135, 45),
-    "purple": (130, 65, 160),
-    "brown": (125, 85, 50),
-    "pink": (235, 150, 180),
-    "cyan": (80, 190, 210),
-}
+OTHERS = 0.5  # how many of the pictures show no glyph
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "bar")
 
 
@@ -91,30 +80,26 @@ def atlas(with_digits: bool = True) -> dict[str, torch.Tensor]:
     return masks
 
 
-def _uniform(n: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(n, generator=generator) * (high - low) + low
-
-
 def _warp(masks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A random pen: rotation, shear, stretch, shift and a smooth elastic field. (n, 64, 64) -> (n, 1, 32, 32)."""
     n = len(masks)
-    angle = _uniform(n, -0.25, 0.25, generator)
-    shear = _uniform(n, -0.35, 0.35, generator)
-    height = _uniform(n, 0.75, 1.25, generator)  # of the picture, as sampling scale: below 1 enlarges
-    width = height * _uniform(n, 0.75, 1.35, generator)
+    angle = uniform(n, -0.25, 0.25, generator)
+    shear = uniform(n, -0.35, 0.35, generator)
+    height = uniform(n, 0.75, 1.25, generator)  # of the picture, as sampling scale: below 1 enlarges
+    width = height * uniform(n, 0.75, 1.35, generator)
     shift = torch.randn(n, 2, generator=generator) * 0.06
     cos, sin = angle.cos(), angle.sin()
     across = torch.stack([cos * width, (shear * cos - sin) * height, shift[:, 0]], 1)
     down = torch.stack([sin * width, (shear * sin + cos) * height, shift[:, 1]], 1)
     theta = torch.stack([across, down], 1)
     grid = F.affine_grid(theta, (n, 1, SIZE, SIZE), align_corners=False)
-    amplitude = _uniform(n, 0.0, 0.13, generator).view(n, 1, 1, 1)
+    amplitude = uniform(n, 0.0, 0.13, generator).view(n, 1, 1, 1)
     elastic = torch.randn(n, 2, 4, 4, generator=generator) * amplitude
     elastic = F.interpolate(elastic, size=SIZE, mode="bicubic", align_corners=True)
     warped = F.grid_sample(masks.unsqueeze(1), grid + elastic.permute(0, 2, 3, 1), align_corners=False)
     # Blur, then threshold at a random level: thinner or thicker strokes from the same glyph.
     blurred = F.avg_pool2d(F.avg_pool2d(warped, 3, 1, 1), 3, 1, 1)
-    level = _uniform(n, 0.25, 0.5, generator).view(n, 1, 1, 1)
+    level = uniform(n, 0.25, 0.5, generator).view(n, 1, 1, 1)
     return torch.sigmoid((blurred - level) * 12)
 
 
@@ -123,20 +108,6 @@ def _soften(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     side = int(torch.randint(9, 18, (1,), generator=generator))
     coarse = F.interpolate(pictures, size=side, mode="bilinear", antialias=True)
     return F.interpolate(coarse, size=SIZE, mode="bilinear")
-
-
-def _leaves(n: int, generator: torch.Generator, discs: int = 40) -> torch.Tensor:
-    """Dead leaves: discs of power-law radius dropped on one another. (n, 3, 32, 32) in 0..1."""
-    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    pictures = torch.rand(n, 3, 1, 1, generator=generator).expand(n, 3, SIZE, SIZE).clone()
-    tint = torch.rand(n, 3, generator=generator)
-    for _ in range(discs):
-        centre = torch.rand(n, 2, generator=generator) * SIZE
-        radius = 2 / torch.rand(n, generator=generator).clamp(min=0.15)
-        colour = (0.5 * tint + 0.5 * torch.rand(n, 3, generator=generator)).view(n, 3, 1, 1)
-        inside = (x - centre[:, 0, None, None]) ** 2 + (y - centre[:, 1, None, None]) ** 2 < radius[:, None, None] ** 2
-        pictures = torch.where(inside.unsqueeze(1), colour, pictures)
-    return pictures
 
 
 def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -149,27 +120,22 @@ def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     def some(share: float) -> torch.Tensor:
         return (torch.rand(n, generator=generator) < share).view(n, 1, 1, 1)
 
-    angle, shear = _uniform(n, -0.15, 0.15, generator), _uniform(n, -0.15, 0.15, generator)
-    height, width = _uniform(n, 0.85, 1.15, generator), _uniform(n, 0.85, 1.15, generator)
+    angle, shear = uniform(n, -0.15, 0.15, generator), uniform(n, -0.15, 0.15, generator)
+    height, width = uniform(n, 0.85, 1.15, generator), uniform(n, 0.85, 1.15, generator)
     shift = torch.randn(n, 2, generator=generator) * 0.05
     cos, sin = angle.cos(), angle.sin()
     across = torch.stack([cos * width, (shear * cos - sin) * height, shift[:, 0]], 1)
     down = torch.stack([sin * width, (shear * sin + cos) * height, shift[:, 1]], 1)
     grid = F.affine_grid(torch.stack([across, down], 1), (n, 1, SIZE, SIZE), align_corners=False)
-    elastic = torch.randn(n, 2, 4, 4, generator=generator) * _uniform(n, 0.0, 0.1, generator).view(n, 1, 1, 1)
+    elastic = torch.randn(n, 2, 4, 4, generator=generator) * uniform(n, 0.0, 0.1, generator).view(n, 1, 1, 1)
     elastic = F.interpolate(elastic, size=SIZE, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     bent = F.grid_sample(pictures, grid + elastic, align_corners=False, padding_mode="border")
     pictures = torch.where(some(0.5), bent, pictures)
     pictures = torch.where(some(0.1), F.max_pool2d(pictures, 3, 1, 1), pictures)  # thicker where it is bright,
     pictures = torch.where(some(0.1), -F.max_pool2d(-pictures, 3, 1, 1), pictures)  # or thinner
     pictures = torch.where(some(0.5), _soften(pictures, generator), pictures)
-    pictures += torch.randn(pictures.shape, generator=generator) * _uniform(n, 0.0, 0.15, generator).view(n, 1, 1, 1)
+    pictures += torch.randn(pictures.shape, generator=generator) * uniform(n, 0.0, 0.15, generator).view(n, 1, 1, 1)
     return (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _colour(names: list[str], generator: torch.Generator) -> torch.Tensor:
-    base = torch.tensor([COLOURS[name] for name in names], dtype=torch.float32) / 255
-    return (base + torch.randn(base.shape, generator=generator) * 0.04).clamp(0, 1).view(-1, 3, 1, 1)
 
 
 def draw(n: int, generator: torch.Generator, with_digits: bool = True) -> tuple[torch.Tensor, list[str]]:
@@ -197,7 +163,7 @@ def draw(n: int, generator: torch.Generator, with_digits: bool = True) -> tuple[
     pairs = [("white", "black"), ("black", "white")] + [(f, b) for f in COLOURS for b in COLOURS if f != b]
     coloured = len(pairs) - 2
     pair = choose(pairs, [0.47, 0.20] + [0.33 / coloured] * coloured)
-    foreground, background = (_colour(list(side), generator) for side in zip(*pair))
+    foreground, background = (colour(list(side), generator) for side in zip(*pair))
     pictures = shapes * foreground + (1 - shapes) * background
 
     soft = torch.rand(n, generator=generator) < 0.5
@@ -205,12 +171,17 @@ def draw(n: int, generator: torch.Generator, with_digits: bool = True) -> tuple[
     captions = [
         f"{'soft ' if s else ''}{fore} {name} on {back}" for s, (fore, back), name in zip(soft.tolist(), pair, names)
     ]
-    textured = torch.rand(n, generator=generator) < 0.1
-    for i in textured.nonzero().flatten().tolist():
-        captions[i] = "soft leaves" if soft[i] else "leaves"
-    if textured.any():
-        leaves = _leaves(int(textured.sum()), generator)
-        leaves = torch.where(soft[textured].view(-1, 1, 1, 1), _soften(leaves, generator), leaves)
-        pictures[textured] = leaves
+    other = torch.rand(n, generator=generator) < OTHERS
+    shares = torch.tensor(list(source_scenes.FAMILIES.values()))
+    kind = torch.multinomial(shares, n, replacement=True, generator=generator)
+    for k, family in enumerate(source_scenes.FAMILIES):
+        rows = (other & (kind == k)).nonzero().flatten()
+        if not len(rows):
+            continue
+        drawn, told = family(len(rows), generator)
+        drawn = torch.where(soft[rows].view(-1, 1, 1, 1), _soften(drawn, generator), drawn)
+        pictures[rows] = drawn
+        for i, caption in zip(rows.tolist(), told):
+            captions[i] = caption
     pictures += torch.randn(pictures.shape, generator=generator) * 0.01
     return (pictures.clamp(0, 1) * 255).round().to(torch.uint8), captions
