@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..diffusion.weights import TINY
 from ..machine.devices import as_device, autocast, default_device
-from . import pretrain_unclip, source_images
+from . import pretrain_unclip, source_images, source_scenes
 from .pretraining import Frozen, Log, Source, Steps, sample_timesteps, to_unit
 
 TOKENS = 8  # context length: <start>, up to six words, <end>
@@ -39,8 +39,8 @@ CHECK_VAE, CHECK_UNET, SAVE_UNET = 250, 500, 1000  # steps from one to the next
 
 def build_tokenizer(folder: Path, with_digits: bool) -> CLIPTokenizer:
     """A byte-level BPE of CLIP's form whose merges make one token of every word of the captions, saved in a folder."""
-    captions = [f"soft {c} {name} on {c} leaves" for c in source_images.COLOURS for name in source_images.glyph_names()]
-    captions = captions if with_digits else [c for c in captions if "digit" not in c]
+    things = [name for name in source_images.glyph_names(with_digits)]
+    captions = [f"soft {c} {name} on {c}" for c in source_images.COLOURS for name in things] + source_scenes.words()
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -60,19 +60,21 @@ def build_tokenizer(folder: Path, with_digits: bool) -> CLIPTokenizer:
     return tokenizer
 
 
-def build_models(tokenizer: CLIPTokenizer) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
+def build_models(tokenizer: CLIPTokenizer, channels: int = 12) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
     """The three networks with random weights."""
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=8,
         sample_size=source_images.SIZE,
     )
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(64, 128),
         layers_per_block=1,
         cross_attention_dim=WIDTH,

@@ -348,3 +348,9 @@ FAMILIES: dict[Callable[[int, torch.Generator], Drawn], float] = {  # how often 
     stripes: 1.0,
     strokes: 0.8,
 }
+
+
+def words() -> list[str]:
+    """Captions that hold every word of these families."""
+    generator = torch.Generator().manual_seed(0)
+    return sorted({word for family in FAMILIES for caption in family(64, generator)[1] for word in caption.split()})
