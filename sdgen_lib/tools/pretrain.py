@@ -33,6 +33,7 @@ from .pretraining import Frozen, Log, Source, Steps, sample_timesteps, to_unit
 
 TOKENS = 8  # context length: <start>, up to six words, <end>
 WIDTH = 64  # of the context vectors
+CHANNELS = 8  # of the latents: with Stable Diffusion's four a photograph comes back blurred
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
 CHECK_VAE, CHECK_UNET, SAVE_UNET = 250, 500, 1000  # steps from one to the next
 
@@ -60,10 +61,12 @@ def build_tokenizer(folder: Path, with_digits: bool) -> CLIPTokenizer:
     return tokenizer
 
 
-def build_models(tokenizer: CLIPTokenizer, channels: int = 12) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
-    """The three networks with random weights."""
+def build_models(
+    tokenizer: CLIPTokenizer, channels: int = CHANNELS
+) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
+    """The three networks with random weights; ``channels`` numbers of a latent for each 4 x 4 pixels."""
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64),
+        block_out_channels=(32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
@@ -103,7 +106,7 @@ def build_models(tokenizer: CLIPTokenizer, channels: int = 12) -> tuple[Autoenco
 def train_vae(vae: AutoencoderKL, steps: int, source: Source, log: Log) -> AutoencoderKL:
     """Reconstruction (squared + absolute error), a small KL term; sets the scaling factor to 1 / std of the latents."""
     training = Steps([vae], steps, lr=2e-3)
-    held_out = to_unit(source.held_out(12345)[0]).to(source.device)
+    held_out = to_unit(source.held_out(12345)[0])
     for step, loss in (bar := tqdm(enumerate(vae_losses(vae, steps, source), 1), desc="VAE", total=steps)):
         training.take(loss)
         if step % CHECK_VAE == 0 or step == steps:
@@ -116,11 +119,11 @@ def train_vae(vae: AutoencoderKL, steps: int, source: Source, log: Log) -> Autoe
 
 
 def vae_losses(vae: AutoencoderKL, steps: int, source: Source) -> Iterator[torch.Tensor]:
-    """The loss of each batch; each picture of a pool is used twice before a new pool is drawn."""
+    """The loss of each batch; each picture of a pool is used four times before a new pool is drawn."""
     for step in range(steps):
-        if step % 100 == 0:
-            pool = source.draw(100 * source.batch // 2)[0]
-        images = to_unit(pool[source.rows(len(pool))]).to(source.device)
+        if step % 200 == 0:
+            pool = source.draw(50 * source.batch)[0]
+        images = to_unit(pool[source.rows(len(pool)).to(source.device)])
         with autocast(source.device, torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
@@ -188,10 +191,10 @@ def train_unet(
 def unet_losses(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, frozen: Frozen, steps: int, source: Source
 ) -> Iterator[torch.Tensor]:
-    """The loss of each batch, one caption in ten empty; each picture of a pool is used 2.5 times."""
+    """The loss of each batch, one caption in ten empty; each picture of a pool is used five times."""
     empty, pool, generator = frozen.tokens([""]), 100 * source.batch, source.generator
     for step in range(steps):
-        if step % 250 == 0:
+        if step % 500 == 0:
             images, captions = source.draw(pool)
             latents, ids = frozen.latents(images), frozen.tokens(captions)
         rows = source.rows(pool).to(source.device)
@@ -220,6 +223,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vae-steps", type=int, default=1400)
     parser.add_argument("--unet-steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--latent-channels", type=int, default=CHANNELS, help="numbers for each 4 x 4 pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without-digits", action="store_true", help="leave the digits 0..9 out of the source domain")
     parser.add_argument(
@@ -262,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain_unclip.make(o.base, o.out, o.encoder_steps, o.unet_steps, source, log)
         return
     tokenizer = build_tokenizer(o.out / "tokenizer", source.with_digits)
-    vae, unet, text_encoder = (module.to(o.device) for module in build_models(tokenizer))
+    vae, unet, text_encoder = (module.to(o.device) for module in build_models(tokenizer, o.latent_channels))
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=True, steps_offset=1)
     vae = train_vae(vae, o.vae_steps, source, log)
 

@@ -93,9 +93,8 @@ def train_encoder(encoder: Encoder, frozen: Frozen, text_encoder: CLIPTextModel,
             latents, ids = frozen.latents(images), frozen.tokens(captions)
             with torch.no_grad():
                 texts = torch.cat([text_encoder(part).pooler_output for part in ids.split(1024)])
-        rows = source.rows(len(images))
-        pictures = to_unit(source_images.distort(images[rows], source.generator)).to(device)
-        rows = rows.to(device)
+        rows = source.rows(len(images)).to(device)
+        pictures = to_unit(source.distort(images[rows]))
         with autocast(device, torch.bfloat16):
             aligned, rebuilt = clip(pictures, texts[rows], ids[rows], latents[rows])
         training.take(aligned.float() + rebuilt.float())
@@ -192,12 +191,12 @@ def unet_losses(
     steps: int,
     source: Source,
 ) -> Iterator[torch.Tensor]:
-    """The loss of each batch; each picture of a pool is used 2.5 times. The noise level is 1000 u^2, u uniform."""
+    """The loss of each batch; each picture of a pool is used five times. The noise level is 1000 u^2, u uniform."""
     generator, device, batch = source.generator, source.device, source.batch
     with torch.no_grad():
         empty = text_encoder(frozen.tokens([""])).last_hidden_state
     for step in range(steps):
-        if step % 250 == 0:
+        if step % 500 == 0:
             images, captions = source.draw(100 * batch)
             latents, ids, embeddings = frozen.latents(images), frozen.tokens(captions), encoder.embeddings(images)
             with torch.no_grad():

@@ -158,7 +158,8 @@ def draw(n: int, generator: torch.Generator, with_digits: bool = True) -> tuple[
     share = {"digit": 3.0, "letter": 3.0, "capital": 3.0, "shape": 1.0}
     names = choose(list(masks), [share[f] / len(members) for f, members in families.items() for _ in members])
     variants = [int(v * len(masks[name])) for v, name in zip(torch.rand(n, generator=generator).tolist(), names)]
-    shapes = _warp(torch.stack([masks[name][v] for name, v in zip(names, variants)]), generator)
+    drawn = torch.stack([masks[name][v] for name, v in zip(names, variants)])
+    shapes = _warp(drawn.to(generator.device), generator)
 
     pairs = [("white", "black"), ("black", "white")] + [(f, b) for f in COLOURS for b in COLOURS if f != b]
     coloured = len(pairs) - 2
