@@ -90,13 +90,15 @@ class Source:
 
     def draw(self, n: int) -> tuple[torch.Tensor, list[str]]:
         """``n`` pictures, uint8 (n, 3, 32, 32), on the device, and their captions."""
+        chance = self.chance
         with torch.device(self.device):
-            return source_images.draw(n, self.chance, self.with_digits)
+            return source_images.draw(n, chance, self.with_digits)
 
     def distort(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (n, 3, 32, 32) on the device -> the same, see `source_images.distort`."""
+        chance = self.chance
         with torch.device(self.device):
-            return source_images.distort(images, self.chance)
+            return source_images.distort(images, chance)
 
     def rows(self, pool: int) -> torch.Tensor:
         """Which pictures of a pool the next batch is made of: int64 (batch,)."""
