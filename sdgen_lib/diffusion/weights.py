@@ -172,11 +172,12 @@ def check_text_to_image(source: Source) -> None:
         raise ValueError(f"{path} is damaged ({error}): copy the whole folder again.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged (it is no JSON object): copy the whole folder again.")
-    kind, channels, predicted = (config.get(name) for name in ("_class_name", "in_channels", "out_channels"))
-    if kind != "UNet2DConditionModel" or not isinstance(config.get("cross_attention_dim"), int) or channels != predicted:
+    kind, width = config.get("_class_name"), config.get("cross_attention_dim")
+    channels, predicted = config.get("in_channels"), config.get("out_channels")
+    if kind != "UNet2DConditionModel" or not isinstance(width, int) or channels != predicted:
         raise ValueError(
             f"{source.folder} holds a {kind} with {channels} input channels, {predicted} output channels and context "
-            f"width {config.get('cross_attention_dim')}; a text-to-image UNet2DConditionModel is needed, which has as "
+            f"width {width}; a text-to-image UNet2DConditionModel is needed, which has as "
             "many of one as of the other (inpainting, depth and upscaling models take more in)."
         )
     if config.get("addition_embed_type"):  # SDXL: needs a second text encoder's pooled vector and image sizes

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..machine.devices import autocast
-from . import source_images
+from . import source_images, source_scenes
 
 HELD_OUT = 512  # pictures that nothing trains on
 Log = Callable[[dict], None]
@@ -99,6 +99,12 @@ class Source:
         chance = self.chance
         with torch.device(self.device):
             return source_images.distort(images, chance)
+
+    def roughen(self, images: torch.Tensor) -> torch.Tensor:
+        """float (n, 3, 32, 32) in -1..1 on the device -> the same, see `source_scenes.roughen`."""
+        chance = self.chance
+        with torch.device(self.device):
+            return source_scenes.roughen(images, chance)
 
     def rows(self, pool: int) -> torch.Tensor:
         """Which pictures of a pool the next batch is made of: int64 (batch,)."""

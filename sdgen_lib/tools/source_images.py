@@ -1,7 +1,7 @@
 """The procedural source domain of the tiny model: captioned pictures made from nothing but fonts and chance.
 
-Glyphs come from the fonts that matplotlib ships (DejaVu, STIX and Computer Modern: free licences), shapes and
-dead-leaves textures from a few lines of geometry. No image of any target dataset is involved. Note that the
+Glyphs come from the fonts that matplotlib ships (DejaVu, STIX and Computer Modern: free licences), shapes from a few
+lines of geometry; the other half is in `source_scenes`. No image of any target dataset is involved. Note that the
 digits 0..9 of those fonts *are* part of the domain unless ``with_digits=False``.
 """
 
@@ -141,8 +141,8 @@ def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def draw(n: int, generator: torch.Generator, with_digits: bool = True) -> tuple[torch.Tensor, list[str]]:
     """Draws ``n`` captioned pictures of the source domain.
 
-    Nine in ten hold one glyph or shape ("soft white digit 7 on black"), two thirds of them in black and white:
-    with every colour and texture at once the model learns style but not *which* glyph. The rest are textures.
+    Half of them hold one glyph or shape ("soft white digit 7 on black"), two thirds of these in black and white:
+    with every colour at once the model learns style but not *which* glyph. The others are of `source_scenes`.
 
     Returns images, uint8 (n, 3, 32, 32), and their ``n`` captions.
     """

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from .source_colours import COLOURS, SIZE, colour, uniform
 
@@ -51,6 +50,21 @@ def noise_field(n: int, low: float, high: float, generator: torch.Generator) -> 
     return (field / field.std((1, 2), keepdim=True).clamp(min=1e-6)).unsqueeze(1)
 
 
+def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Half of the pictures with grain on them, grey or coloured, fine or coarse: float (n, 3, 32, 32) in -1..1 -> same.
+
+    For a VAE, whose code is to hold for pictures unlike the source's.
+    """
+    n = len(images)
+
+    def share() -> torch.Tensor:
+        return _column(torch.rand(n, generator=generator))
+
+    colours = torch.cat([noise_field(n, 0.3, 1.7, generator) for _ in range(3)], 1)
+    grain = 1.5 * share() * colours.mean(1, keepdim=True) + (1 - 0.8 * share()) * colours
+    return (images + (share() < 0.5) * 0.6 * share() * grain).clamp(-1, 1)
+
+
 def _edge(signed: torch.Tensor, softness: float | torch.Tensor = 0.06) -> torch.Tensor:
     """A mask, 1 where ``signed`` is negative (inside), with an edge of about a pixel."""
     return torch.sigmoid(-signed / softness)
@@ -58,6 +72,11 @@ def _edge(signed: torch.Tensor, softness: float | torch.Tensor = 0.06) -> torch.
 
 def _column(values: torch.Tensor) -> torch.Tensor:
     return values.view(-1, 1, 1, 1)
+
+
+def _oval(size: torch.Tensor, low: float, generator: torch.Generator) -> torch.Tensor:
+    """Two radii each: ``size`` (n,), and ``low`` to 1 of it: (n, 2)."""
+    return torch.stack([size, size * uniform(len(size), low, 1.0, generator)], 1)
 
 
 def _blob(n: int, generator: torch.Generator, centre: torch.Tensor, radius: torch.Tensor, bent: float) -> torch.Tensor:
@@ -203,7 +222,7 @@ def things(n: int, generator: torch.Generator) -> Drawn:
         spread = _column((count > 1) * 0.45 + 0.12).flatten()
         centre = torch.randn(n, 2, generator=generator) * spread[:, None]
         size = uniform(n, 0.25, 0.8, generator) / count.clamp(min=1).float().sqrt()
-        radius = size[:, None] * torch.stack([torch.ones(n), uniform(n, 0.6, 1.0, generator)], 1)
+        radius = _oval(size, 0.6, generator)
         blob, box = _blob(n, generator, centre, radius, 0.0), _box(n, generator, centre, radius)
         signed = torch.where(_column(boxes), box, blob)
         here = _column((k < count).float())
@@ -235,10 +254,7 @@ def scenes(n: int, generator: torch.Generator) -> Drawn:
         radius = (size * shrink)[:, None] * torch.stack(
             [uniform(n, 0.7, 1.2, generator), uniform(n, 0.35, 0.8, generator)], 1
         )
-        blob, box = (
-            _blob(n, generator, middle + away, radius, 0.3),
-            _box(n, generator, middle + away, radius),
-        )
+        blob, box = (_blob(n, generator, middle + away, radius, 0.3), _box(n, generator, middle + away, radius))
         signed = torch.where(_column(machine), box, blob)
         own = base + _column(torch.randn(n, generator=generator) * 0.12)
         odd = _column(torch.rand(n, generator=generator) < 0.2)
@@ -264,7 +280,7 @@ def cells(n: int, generator: torch.Generator) -> Drawn:
         pictures = torch.lerp(pictures, 0.75 * pale + 0.2 + middle, _edge(signed, 0.05) * here * 0.8)
     centre = torch.randn(n, 2, generator=generator) * 0.12
     size = uniform(n, 0.35, 0.85, generator)
-    body = _blob(n, generator, centre, size[:, None] * torch.stack([torch.ones(n), uniform(n, 0.75, 1, generator)], 1), 0.3)
+    body = _blob(n, generator, centre, _oval(size, 0.75, generator), 0.3)
     stain = colour(dark, generator)
     granules = noise_field(n, 0.0, 0.8, generator).clamp(min=0) * _column(uniform(n, 0.0, 0.35, generator))
     plasma = torch.lerp(pictures.mean((2, 3), keepdim=True), stain, _column(uniform(n, 0.15, 0.7, generator)))
@@ -278,7 +294,7 @@ def cells(n: int, generator: torch.Generator) -> Drawn:
         away = (lobes > 1) * 0.42 * size
         at = centre + torch.stack([angle.cos() * away, angle.sin() * away], 1)
         radius = size * uniform(n, 0.45, 0.8, generator) / lobes.float() ** 0.45
-        lobe = _blob(n, generator, at, radius[:, None] * torch.stack([torch.ones(n), uniform(n, 0.7, 1, generator)], 1), 0.3)
+        lobe = _blob(n, generator, at, _oval(radius, 0.7, generator), 0.3)
         nucleus = torch.where(_column(k < lobes), torch.minimum(nucleus, lobe), nucleus)
     inner = stain * _column(uniform(n, 0.45, 0.95, generator)) + 0.06 * noise_field(n, 0.2, 1.5, generator)
     pictures = torch.lerp(pictures, inner, _edge(nucleus, 0.05))
@@ -320,7 +336,8 @@ def fundi(n: int, generator: torch.Generator) -> Drawn:
     names = _pick(tuple(c for c in COLOURS if c != "black"), n, generator)
     field = _edge(torch.hypot(x, y) - _column(uniform(n, 0.8, 1.3, generator)), 0.04)
     base = colour(names, generator) * _column(uniform(n, 0.6, 1.1, generator))
-    shade = 1 + _light(n, generator) * _column(uniform(n, 0.0, 0.5, generator)) + 0.06 * noise_field(n, 1.0, 2.5, generator)
+    shade = 1 + _light(n, generator) * _column(uniform(n, 0.0, 0.5, generator))
+    shade = shade + 0.06 * noise_field(n, 1.0, 2.5, generator)
     shade = shade - 0.35 * torch.hypot(x, y) ** 2 * _column(uniform(n, 0.0, 1.0, generator))
     pictures = base * shade
     centre = torch.stack([uniform(n, -0.6, 0.6, generator), uniform(n, -0.25, 0.25, generator)], 1)
@@ -350,7 +367,7 @@ FAMILIES: dict[Callable[[int, torch.Generator], Drawn], float] = {  # how often 
 }
 
 
-def words() -> list[str]:
-    """Captions that hold every word of these families."""
+def captions() -> list[str]:
+    """Some captions of these families, which between them hold every word."""
     generator = torch.Generator().manual_seed(0)
-    return sorted({word for family in FAMILIES for caption in family(64, generator)[1] for word in caption.split()})
+    return sorted({caption for family in FAMILIES for caption in family(64, generator)[1]})

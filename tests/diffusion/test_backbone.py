@@ -48,9 +48,9 @@ def test_the_folder_is_small_and_holds_nothing_to_unpickle():
 def test_sizes(tiny):
     assert tiny.latent_shape == (4, 8, 8) and tiny.image_size == 32
     images = torch.zeros(3, 3, 20, 20, dtype=torch.uint8)
-    assert tiny.encode(images).shape == (3, 4, 8, 8)
-    predicted = tiny.predict_noise(torch.zeros(2, 4, 8, 8), torch.tensor([0, 999]), Condition(torch.zeros(2, 8, 64)))
-    assert predicted.shape == (2, 4, 8, 8)
+    assert tiny.encode(images).shape == (3, 8, 8, 8)
+    predicted = tiny.predict_noise(torch.zeros(2, 8, 8, 8), torch.tensor([0, 999]), Condition(torch.zeros(2, 8, 64)))
+    assert predicted.shape == (2, 8, 8, 8)
 
 
 def test_everything_is_frozen_and_in_evaluation_mode(tiny):

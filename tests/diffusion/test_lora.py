@@ -11,7 +11,7 @@ from sdgen_lib.diffusion.training import Latents, fit
 
 def predict(model):
     generator = torch.Generator().manual_seed(0)
-    latents, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 8, 64, generator=generator)
+    latents, context = torch.randn(2, 8, 8, 8, generator=generator), torch.randn(2, 8, 64, generator=generator)
     with torch.no_grad():
         return model.predict_noise(latents, torch.tensor([10, 600]), Condition(context))
 
