@@ -78,7 +78,9 @@ def build_models(
         latent_channels=channels,
         norm_num_groups=8,
         sample_size=source_images.SIZE,
-        mid_block_add_attention=False,  # with it: 3 dB less on the source after 500 steps, 1 dB on CIFAR-10
+        # After 500 steps of 32, dB of the source and of CIFAR-10: with attention 22.7 and 20.6, without 24.7 and 21.3;
+        # roughened, with attention 23.0 and 20.9, without 26.0 and 22.1.
+        mid_block_add_attention=False,
     )
     for block in (module for module in vae.modules() if isinstance(module, ResnetBlock2D)):
         torch.nn.init.zeros_(block.conv2.weight)  # a residual block begins as the identity, and learns faster
