@@ -46,7 +46,7 @@ def test_the_folder_is_small_and_holds_nothing_to_unpickle():
 
 
 def test_sizes(tiny):
-    assert tiny.latent_shape == (4, 8, 8) and tiny.image_size == 32
+    assert tiny.latent_shape == (8, 8, 8) and tiny.image_size == 32
     images = torch.zeros(3, 3, 20, 20, dtype=torch.uint8)
     assert tiny.encode(images).shape == (3, 8, 8, 8)
     predicted = tiny.predict_noise(torch.zeros(2, 8, 8, 8), torch.tensor([0, 999]), Condition(torch.zeros(2, 8, 64)))
@@ -160,7 +160,7 @@ def test_bf16_halves_the_weights_and_comes_near_fp32(tiny):
     rough = backbone.load("tiny", device="cpu", precision="bf16")
     assert rough.unet.dtype == torch.bfloat16 and rough.vae.dtype == torch.float32
     generator = torch.Generator().manual_seed(0)
-    latents, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([500, 100])
+    latents, t = torch.randn(2, *tiny.latent_shape, generator=generator), torch.tensor([500, 100])
     condition = Condition(tiny.text_context(["white letter a on black", ""]))
     exact, near = (model.predict_noise(latents, t, condition).float() for model in (tiny, rough))
     assert 0 < (exact - near).abs().max() < 0.15
@@ -198,8 +198,11 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(monkeypat
 def unclip(tiny):
     """The tiny model with a random UNet that also takes an embedding, as an unCLIP model's does."""
     torch.manual_seed(0)
+    channels = tiny.latent_shape[0]
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -39,7 +39,7 @@ def named(module):
 
 def train_tiny(model, contexts, what, **changes):
     trainable = named({"contexts": contexts, "unet": model.unet}[what])
-    return fit(trainable, model, contexts, latents_for((4, 8, 8)), **{**OPTIONS, **changes})
+    return fit(trainable, model, contexts, latents_for((8, 8, 8)), **{**OPTIONS, **changes})
 
 
 def train_flat(model=None, contexts=None, count=30, **changes):
@@ -101,7 +101,7 @@ def test_the_unets_loss_falls(tiny_copy, contexts):
     """Latents like none that the tiny UNet has seen, learnt by heart."""
 
     def right():
-        return held_out_losses(tiny_copy, contexts, latents_for((4, 8, 8), count=6, seed=1), 2)["right"]
+        return held_out_losses(tiny_copy, contexts, latents_for((8, 8, 8), count=6, seed=1), 2)["right"]
 
     found = [right() for _ in train_tiny(tiny_copy, contexts, "unet", epochs=6)]
     assert found[-1] < 0.9 * found[0]
@@ -124,7 +124,7 @@ def test_held_out_losses_by_hand():
 
 
 def test_held_out_losses_repeat_themselves(tiny, contexts):
-    held_out = latents_for((4, 8, 8), count=5)
+    held_out = latents_for((8, 8, 8), count=5)
     one = held_out_losses(tiny, contexts, held_out, 2)
     torch.manual_seed(77)
     assert one == held_out_losses(tiny, contexts, held_out, 2)
@@ -338,7 +338,7 @@ def test_a_training_goes_on_as_if_it_had_never_stopped(tiny_copy, contexts, what
     """Bit for bit: weights, moments, counts. The process that goes on has another random state, and other weights."""
     models = [dataclasses.replace(tiny_copy, unet=copy.deepcopy(tiny_copy.unet)) for _ in range(2)]
     tables = [copy.deepcopy(contexts) for _ in range(2)]
-    train = latents_for((4, 8, 8))
+    train = latents_for((8, 8, 8))
     trained = [{"contexts": table, "unet": model.unet}[what] for model, table in zip(models, tables, strict=True)]
     unbroken = states(models[0], tables[0], train, trained[0])
     torch.manual_seed(1234)
@@ -550,7 +550,7 @@ def test_held_out_losses_fit_a_small_card_and_do_not_run_into_the_wall_twice(tin
             raise torch.OutOfMemoryError("too much")
         return predict(self, latents, t, condition)
 
-    held_out = latents_for((4, 8, 8), count=4)
+    held_out = latents_for((8, 8, 8), count=4)
     expected = held_out_losses(model, contexts, held_out, 2)
     monkeypatch.setattr(backbone.Backbone, "predict_noise", predict_noise)
     assert held_out_losses(model, contexts, held_out, 2) == pytest.approx(expected, rel=1e-4)
@@ -575,7 +575,7 @@ def test_what_trains_keeps_its_digits_where_products_have_fewer(tiny_copy, conte
     tiny_copy.dtype = dtype
     before = weights(tiny_copy.unet)[0]
     how = dict(epochs=1, learning_rate=1e-6, batch_size=4)
-    list(fit(named(tiny_copy.unet), tiny_copy, contexts, latents_for((4, 8, 8), count=4), **{**OPTIONS, **how}))
+    list(fit(named(tiny_copy.unet), tiny_copy, contexts, latents_for((8, 8, 8), count=4), **{**OPTIONS, **how}))
     after = weights(tiny_copy.unet)[0]
     moved = torch.cat([(after[name] - before[name]).flatten() for name in before]).abs()
     assert {value.dtype for value in after.values()} == {torch.float32}

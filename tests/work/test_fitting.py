@@ -124,7 +124,7 @@ def test_a_killed_training_ends_as_an_unbroken_one(tmp_path, monkeypatch, name, 
 
 def test_a_killed_training_of_a_unet_ends_as_an_unbroken_one(tiny, tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    train = Latents(torch.randn(6, 4, 8, 8, generator=generator), torch.arange(6) % 2)
+    train = Latents(torch.randn(6, 8, 8, 8, generator=generator), torch.arange(6) % 2)
     contexts = flat.Contexts(torch.randn(2, 8, 64, generator=generator)).requires_grad_(False)
 
     def fit(folder):
