@@ -43,8 +43,10 @@ def test_a_row_of_noise_begins_with_the_real_image_and_its_own_vector(method):
     pictures = shown(inversion_figures.by_noise(method, [2], [0.0, 5.0]))
     assert same(pictures[:1], method.ws.data.train.images[[2]])
     start = inversion_figures.image_noise(0, inversion_figures.START, [2], method.ws.backbone.latent_shape)
-    assert same(pictures[1:2], method.draw(method.vectors().vectors[[2]], start))
-    assert not np.array_equal(pictures[1], pictures[2])
+    # Drawn alone here and in a batch there: sums of floats may end in another last digit, so a level of 1 of 255.
+    alone = as_array(method.draw(method.vectors().vectors[[2]], start))[0].astype(int)
+    assert np.abs(pictures[1].astype(int) - alone).max() <= 1
+    assert np.abs(pictures[2].astype(int) - alone).max() > 1
 
 
 def test_a_row_of_mixtures_stands_between_its_real_images(method):
