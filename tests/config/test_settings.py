@@ -452,7 +452,7 @@ def test_a_run_says_what_it_follows_and_where_that_is_listed():
 
 def test_the_protocol_compares_a_run_with_the_paper_and_its_code():
     rows = {row["setting"]: row for row in protocol(resolve(recipe="demo", backbone="tiny"))}
-    assert rows["n_trials_retune"]["released code"] == 40 and rows["n_trials"]["this run"] == 18
+    assert rows["n_trials_retune"]["released code"] == 40 and rows["n_trials"]["this run"] == 14
     assert rows["classifier_width"]["source"].startswith("section 4")
     assert (rows["backbone"]["paper"], rows["backbone"]["released code"]) == ("sd2", "sd1.4")
     assert list(rows) == [name for name in FIELDS if name in rows]
