@@ -302,8 +302,8 @@ def test_the_papers_column_is_counted_at_the_papers_size_and_batch(counted, tmp_
     assert images_by_kind(paper[0])["unet", 202, 0] == 50 * 3 * 2 * held_out
     assert images_by_kind(demo[2])["weight gradient", 64, 0] == 6 * 10_000
     assert images_by_kind(paper[2])["weight gradient", 16, 0] == 10 * n
-    # 14 trials of 400 images and 3 rescored ones of 1200, IS 8..12, and 50 of 4000, IS 5..50; guidance doubles a pass.
-    assert images_by_kind(demo[1])["unet", 200, 0] == 2 * 10 * (14 * 400 + 3 * 1200)
+    # 14 trials of 400 images and 3 rescored ones of 800, IS 8..12, and 50 of 4000, IS 5..50; guidance doubles a pass.
+    assert images_by_kind(demo[1])["unet", 200, 0] == 2 * 10 * (14 * 400 + 3 * 800)
     assert images_by_kind(paper[3])["decode", 128, 0] == 50 * 4000
     # What trains a classifier: 100 epochs at 32 pixels, batch 256, of 100 real images and of 100, 200, .. 1000.
     sizes = n + sum(k * n for k in range(1, 11))
