@@ -146,9 +146,9 @@ def test_a_topics_fields():
 def test_a_view_shows_what_was_declared_and_nothing_else():
     settings = resolve(recipe="demo", backbone="tiny", seed=3)
     view = settings.view("seed", "search_space")
-    expected = {"guidance_max": 3.0, "guidance_min": 1.0, "seed": 3, "steps_max": 16, "steps_min": 8}
+    expected = {"guidance_max": 3.0, "guidance_min": 1.0, "seed": 3, "steps_max": 12, "steps_min": 8}
     assert view.to_dict() == expected and list(view.to_dict()) == sorted(expected)
-    assert (view.seed, view.steps_max) == (3, 16)
+    assert (view.seed, view.steps_max) == (3, 12)
     with pytest.raises(AttributeError, match=r"reads num_images must .* its topics \(search, retune, cas\)"):
         view.num_images  # noqa: B018
     with pytest.raises(AttributeError, match="no setting 'sede'"):
@@ -292,10 +292,10 @@ def test_guidance_min_above_guidance_max_is_refused():
         ({"n_trials": 4}, {"n_trials_retune": 4}),
         ({"n_trials": 90}, {"n_trials_retune": RECIPES["demo"]["n_trials_retune"]}),
         ({"n_trials": 4, "n_trials_retune": 9}, {"n_trials_retune": 9}),
-        ({"num_images": 40}, {"rescoring_images": 120}),
+        ({"num_images": 40}, {"rescoring_images": 80}),
         ({"num_images": 4000}, {"rescoring_images": RECIPES["demo"]["rescoring_images"]}),
         ({"num_images": 40, "rescoring_images": 90}, {"rescoring_images": 90}),
-        ({"steps_max": 12}, {"steps_min": RECIPES["demo"]["steps_min"], "steps_max": 12}),
+        ({"steps_max": 11}, {"steps_min": RECIPES["demo"]["steps_min"], "steps_max": 11}),
     ],
 )
 def test_a_recipes_own_value_follows_one_that_is_given(given, then):

@@ -30,7 +30,7 @@ ORIGIN = Origin(
     3,
     "after 4",
     {"num_inference_steps": 7, "guidance_scale": 1.23456789, "transfer_epoch": 2, "finetune_epoch": None},
-    {"seed": 3, "select_on": "val", "finetune_learning_rate": 1e-5, "n_trials": 18, "class_mix": "real"},
+    {"seed": 3, "select_on": "val", "finetune_learning_rate": 1e-5, "n_trials": 14, "class_mix": "real"},
     ("latents", "1_transfer", "2_tune"),
 )
 
