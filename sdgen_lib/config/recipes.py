@@ -58,7 +58,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     # there are: a few epochs of some hundred images leave this UNet drawing blobs (RetinaMNIST, README). An average of
     # its weights (EMA 0.998) was no better at the end of the cosine: held-out loss 0.03802 with it, 0.03801 without.
     # With 5 as the fewest steps the first search chose IS 5 there, and the second was left with nothing else. More than
-    # 12 cost time alone: step 2's point on PBC's blood cells, validation images, IS 16 75.1 %, IS 12 74.9 %.
+    # 12 cost time, and brought nothing where it was tried, once: step 2's point on PBC's blood cells, validation
+    # images, IS 16 75.1 %, IS 12 74.9 %.
     # Diffusion Inversion of digits:50, classifiers trained on x3 alone (three or five seeds; validation gives the
     # same order): rate 0.03 constant for 400 visits from the empty prompt, UGS 3: 82.5 %; rate 0.1 to 0 for 200 visits:
     # 81.0 %; from the class's context, UGS 3, 1.5 and 1: 69.4, 87.0 and 86.4 %.
