@@ -5,7 +5,7 @@ process on the same weights, batch, steps, guidance and images, by turns after a
 ratio with its spread, and the share of the machine's own ceiling, a large matrix product of the same dtype measured in
 the same run.
 ``images`` shows what speed costs in pixels and CAS, ``scaling`` how time and memory grow, ``phases`` what each part of
-the method costs on one backbone.
+the method costs on one backbone. ``luck`` tells how often the first search ends where a long one ends.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from ..machine.seeds import image_noise
 from ..methods.class_encoder import ClassEncoder
 from ..methods.inversion import VectorTable
 from ..store import files
+from .bench_luck import luck
 from .bench_runs import exactness, pixel_difference, pruning, whole_course
 from .bench_tools import Peak, ceiling, compare, encoder_for, flops, load, pipeline_of, seconds
 
@@ -373,6 +374,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "search": pruning,
     "images": exactness,
     "course": whole_course,
+    "luck": luck,
     "scaling": scaling,
     "phases": phases,
     "inversion": inversion,
@@ -400,12 +402,13 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sdgen_lib bench", description=description)
     parser.add_argument("what", choices=BENCHMARKS)
     parser.add_argument("--backbone", default="tiny", help="tiny, sd2-random, or what a run takes")
+    parser.add_argument("--dataset", default="digits", help="of `luck`: what a run takes")
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps")
     parser.add_argument("--batch", type=int, help="images at once (sampler: 256; phases: 4)")
     parser.add_argument("--steps", type=int, default=25, help="inference steps (IS)")
     parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale (UGS)")
     parser.add_argument("--images", type=int, default=1024, help="training images of `train` and `inversion`")
-    parser.add_argument("--repeats", type=int, default=3, help="turns, or seeds of `search` and `images`")
+    parser.add_argument("--repeats", type=int, default=3, help="turns, seeds (`search`, `images`), searches (`luck`)")
     parser.add_argument("--precision", nargs="+", default=["auto"], help="of `phases`: fp32 bf16 fp16")
     parser.add_argument("--optimizer", nargs="*", default=["adamw"], help="of `phases`: adamw adamw-8bit")
     parser.add_argument("--json", type=Path, help="write the rows there too")

@@ -15,7 +15,7 @@ from sdgen_lib.course import Course
 from sdgen_lib.diffusion.backbone import Backbone
 from sdgen_lib.diffusion.conditions import Condition
 from sdgen_lib.diffusion.loss import diffusion_loss
-from sdgen_lib.tools import bench, bench_runs, bench_tools
+from sdgen_lib.tools import bench, bench_luck, bench_runs, bench_tools
 from tests import small as small_run
 from tests import soak
 
@@ -141,7 +141,9 @@ def small_runs(tmp_path, monkeypatch):
         kept = {name: given[name] for name in ("seed", "pruning", "precision") if name in given}
         return resolve(**{**smallest, **kept})
 
-    monkeypatch.setattr(bench_runs, "settings", types.SimpleNamespace(resolve=small))
+    for module in (bench_runs, bench_luck):
+        monkeypatch.setattr(module, "settings", types.SimpleNamespace(resolve=small))
+    monkeypatch.setattr(bench_luck, "runs_dir", lambda: tmp_path / "bench")
     return tmp_path / "runs"
 
 
@@ -162,6 +164,34 @@ def test_images_in_float32_are_those_of_a_run_in_float32(small_runs):
     found = Course(bench_runs.settings.resolve()).cas("after 2")
     assert row["CAS"] == pytest.approx(sum(found["test"]) / 2)
     assert row["what"].startswith(f"images after 2, seed 0, IS {found['point']['num_inference_steps']}, UGS ")
+
+
+def test_searches_of_one_step_1_are_judged_alike_and_are_done_once(small_runs, monkeypatch):
+    asked = argparse.Namespace(backbone="tiny", dataset="small", repeats=2)
+    rows = bench_luck.luck(asked)
+    long, *short, last = rows
+    assert [row["what"] for row in rows] == [
+        "search 0, 18 trials",
+        "search 1, 6 trials",
+        "search 2, 6 trials",
+        "2 searches",
+    ]
+    assert long["within one of the long search's"]  # of its own end
+    for row in short:
+        assert row["within one of the long search's"] == (row["judged"] >= long["judged"] - long["standard error"])
+    near = sum(row["within one of the long search's"] for row in short)
+    assert last["within one of the long search's"] == f"{near} of 2"
+    assert last["judged"] == pytest.approx(sum(row["judged"] for row in short) / 2)
+    (run,) = small_runs.glob("*/*/")
+    assert len(list(run.glob("1_transfer/*/record.json"))) == 1 and not list(run.glob("2_tune/*/record.json"))
+    logs = {path: path.stat().st_size for path in (small_runs.parent / "bench").rglob("*.log")}
+    assert sorted(path.name for path in logs) == [
+        *("judging 0.log", "judging 1.log", "search 0, 18 trials.log"),
+        *("search 1, 6 trials.log", "search 2, 6 trials.log"),
+    ]
+    monkeypatch.setattr(bench_luck.Course, "draw", None)  # nothing is drawn again
+    assert bench_luck.luck(asked) == rows
+    assert {path: path.stat().st_size for path in logs} == logs
 
 
 @pytest.mark.slow
