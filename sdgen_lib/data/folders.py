@@ -80,7 +80,13 @@ def read_folder(path: Path, size: int, keep_in: Path | None = None) -> Found:
     images, digest = _read_images(files, path, size, keep_in)
     labels = np.array(labels)
     slug = make_slug(path.resolve().name, digest)
-    return Found(slug, class_names, {part: (images[rows], labels[rows]) for part, rows in parts.items()}, tuple(notes))
+    return Found(
+        slug,
+        class_names,
+        {part: (images[rows], labels[rows]) for part, rows in parts.items()},
+        tuple(notes),
+        {part: tuple(file.relative_to(path).as_posix() for file in files[rows]) for part, rows in parts.items()},
+    )
 
 
 # --- which folders are what ---

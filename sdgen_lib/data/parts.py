@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
@@ -21,12 +21,14 @@ Parts = dict[str, tuple[np.ndarray, np.ndarray]]
 @dataclass(frozen=True)
 class Found:
     """What a reader found: ``parts`` are the splits that are there, or one called "all"; ``notes`` are for the reader
-    of a notebook, one line each, of what was not taken as it lies there."""
+    of a notebook, one line each, of what was not taken as it lies there. ``files``: of a folder, the path in it that
+    each image of a part comes from, with "/"."""
 
     slug: str
     class_names: tuple[str, ...]
     parts: Parts
     notes: tuple[str, ...] = ()
+    files: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def memory_limit() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,7 +78,15 @@ def load(
     return replace(data, slug=slug, train=train, val=val, test=test)
 
 
-def load_generated(dataset: str | os.PathLike, data: ImageData, base_dir: Path | None = None) -> Split:
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """Generated images to be judged, and, of a folder, the path in it that each of them comes from, with "/"."""
+
+    images: Split
+    files: tuple[str, ...] = ()
+
+
+def load_generated(dataset: str | os.PathLike, data: ImageData, base_dir: Path | None = None) -> Generated:
     """Generated images to judge beside ``data``: in its size, with its labels; all of them are for training.
 
     ``dataset``: a path as in `load`, without ``:N``. Of splits the training images are taken; of a folder of classes,
@@ -99,7 +107,8 @@ def load_generated(dataset: str | os.PathLike, data: ImageData, base_dir: Path |
         theirs = dict(zip(folder_names(data.class_names), data.class_names))
         if set(found.class_names) <= set(theirs):
             found = replace(found, class_names=tuple(theirs[name] for name in found.class_names))
-    part = found.parts.get("all", found.parts.get("train"))
+    name_of_part = "all" if "all" in found.parts else "train"
+    part = found.parts.get(name_of_part)
     if part is None:
         raise ValueError(
             f"{name!r} has no training images: put the generated images into train/, or into class folders."
@@ -112,7 +121,7 @@ def load_generated(dataset: str | os.PathLike, data: ImageData, base_dir: Path |
     missing = [data.class_names[k] for k in set(range(data.num_classes)) - set(split.labels.tolist())]
     if missing:
         warnings.warn(f"{printable(name)} has no image of class {listed(missing)}.", stacklevel=2)
-    return split
+    return Generated(split, found.files.get(name_of_part, ()))
 
 
 def checkout() -> Path | None:

@@ -23,13 +23,16 @@ AUGMENTATION = "randaugment"  # what generated images have to beat
 class Judged:
     """What is known of a generated set: ``rows`` as `rows.accuracies` gives them, by name; the ``assessment`` of each
     image and class; ``whole`` and ``held_out``: `metrics.compare` of generated images, and of as many real validation
-    images: the measures depend on how many there are."""
+    images: the measures depend on how many there are; ``leaks``: which generated images are twins (`quality.twins`) of
+    the real "validation" and "test" images, bool (M,) each; ``real_leaks``: which real training images are, (N,)."""
 
     generated: Split
     rows: Mapping[str, Mapping[str, Any]]
     assessment: quality.Assessment
     whole: Mapping[str, Any]
     held_out: Mapping[str, Any]
+    leaks: Mapping[str, torch.Tensor]
+    real_leaks: Mapping[str, torch.Tensor]
 
 
 def rows_of(ws: Workspace, generated: Split, tests: Mapping[str, Split] | None = None) -> dict[str, Step]:
@@ -78,4 +81,9 @@ def judged(ws: Workspace, generated: Split, tests: Mapping[str, Split] | None = 
         for images in (generated, data.val)
     ]
     whole, held_out = (metrics.compare(known, features(part.images), features.name, k) for part in parts)
-    return Judged(generated, rows, assessment, whole, held_out)
+    held = {"validation": data.val, "test": data.test}
+    leaks, real_leaks = (
+        {name: quality.twins(images.images, among.images) for name, images in held.items()}
+        for among in (generated, data.train)
+    )
+    return Judged(generated, rows, assessment, whole, held_out, leaks, real_leaks)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from ..data import ImageData
@@ -58,22 +60,40 @@ def sentences(found: Judged) -> list[str]:
         f"Suspect images, and in brackets how many of the real validation images are suspect in the same way: {flags}.",
         f"{len(rows['real']['test'])} classifiers a row. The intervals cover their random starts alone: not another "
         "choice of the images, real or generated.",
-        "Copies are looked for among the real training images, not among those that validate and test.",
+        *leaked("generated", found.leaks),
+        *leaked("real training", found.real_leaks),
         *tables.taught_too_little(rows),
     ]
 
 
-def images_table(found: Judged) -> pd.DataFrame:
+def leaked(kind: str, leaks: Mapping[str, torch.Tensor]) -> list[str]:
+    """A sentence for each set of held images that images of this ``kind`` show, which classifiers then learn from."""
+    return [
+        f"LEAK: {int(rows.sum())} of the {len(rows)} {kind} images are one of the real {name} images, or nearly: "
+        "accuracies with them are too high. Leave them out."
+        for name, rows in leaks.items()
+        if rows.any()
+    ] or [f"None of the {kind} images is one of the real validation or test images, nor nearly one."]
+
+
+def images_table(found: Judged, files: Sequence[str] = ()) -> pd.DataFrame:
     """A row for each generated image, in their order: its class's number, its number in that class (from 1; in a folder
-    the files' order by name), its scores, whether it is suspect and how, and the nearest real training image, from 0.
+    the files' order by name), its scores, whether it is suspect and how, the nearest real training image, from 0, and
+    whether it is a twin of a validation or test image.
+
+    ``files``: the path of each, if they have one, with "/"; in the table it begins with "./", which no program takes
+    for a formula.
     """
     labels, scores = found.generated.labels, found.assessment.scores
     flags = quality.suspects(scores, found.assessment.of_real)
     table = pd.DataFrame({"class": labels.tolist()})
     table["number_in_class"] = table.groupby("class").cumcount() + 1
+    if files:
+        table.insert(0, "file", [f"./{printable(file)}" for file in files])
     numbers = {name: values.tolist() for name, values in scores.items()}
     return table.assign(**numbers, **{name.replace(" ", "_"): rows.tolist() for name, rows in flags.items()}).assign(
-        nearest_real_image=found.assessment.nearest.tolist()
+        nearest_real_image=found.assessment.nearest.tolist(),
+        **{f"twin_of_{name}": rows.tolist() for name, rows in found.leaks.items()},
     )
 
 

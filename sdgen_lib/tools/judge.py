@@ -51,10 +51,11 @@ def _judge(args: argparse.Namespace) -> None:
     ws, data = course.workspace, course.data
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        generated = load_generated(args.generated, data, checkout())
+        loaded = load_generated(args.generated, data, checkout())
         shifted = {printable(name): shifted_set(ws, name) for name in args.test}
     for warning in said:
         print(warning.message, file=sys.stderr)
+    generated = loaded.images
     tests = shifted_tests(ws, shifted, severities=(SEVERITY,))
     print(
         f"{len(data.train)} real training images and {len(generated)} generated ones of {data.num_classes} classes, "
@@ -68,14 +69,14 @@ def _judge(args: argparse.Namespace) -> None:
         "Class by class, the one most often taken for another first": found.assessment.classes.round(1),
         "The whole set": judged_report.measures(found),
     }.items():
-        print(f"{title}:\n{table.to_string()}", end="\n\n")
+        print(f"{title}:\n{table.to_string(na_rep='-')}", end="\n\n")
     print("\n".join(judged_report.sentences(found)))
     page = judged_report.page(found, data, args.real, args.generated)
     with files.whole_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     scored = _images_path(out)
     with files.whole_file(scored) as temporary:
-        judged_report.images_table(found).to_csv(temporary, index=False)
+        judged_report.images_table(found, loaded.files).to_csv(temporary, index=False)
     print(f"\nWith pictures: {printable(out)}\nEach generated image: {printable(scored)}")
 
 

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from test_notebooks import ROOT
 
@@ -97,6 +98,28 @@ def test_a_file_of_arrays_and_a_class_that_was_never_drawn(tmp_path, capsys):
     assert re.search(r"^\S*made.npz has no image of class 'c'\.$", said.err, re.M)
 
 
+def test_test_images_among_the_generated_ones_are_found_even_as_jpeg(tmp_path, capsys):
+    real = folder(tmp_path / "real", ["a", "b"], 30, size=8)
+    data = load(real, seed=0)
+    made = folder(tmp_path / "made", ["a", "b"], 8, size=8, seed=5)
+    for i, (image, label) in enumerate(zip(data.test.images[:3], data.test.labels)):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((40, 40))
+        picture.save(made / "ab"[label] / f"9 leak {i}.jpg", quality=75)
+    run(tmp_path, real, made, "--classifiers", "1")
+    said = capsys.readouterr().out
+    assert "LEAK: 3 of the 19 generated images are one of the real test images" in said
+    assert "generated images are one of the real validation images" not in said
+    assert "None of the real training images is one of the real validation or test images" in said
+    table = pd.read_csv(tmp_path / "page_images.csv")
+    leaks = table[table.twin_of_test]
+    assert len(leaks) == 3 and all(re.fullmatch(r"\./[ab]/9 leak \d\.jpg", file) for file in leaks.file)
+
+
+def test_a_single_held_image_is_known_again():
+    images = torch.randint(0, 255, (3, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert quality.twins(images[:1], images).tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("made", "words"), [(["a", "x"], r"classes of .*made.* are not those of .*real.*has besides 'x'"), (["a"], None)]
 )
@@ -144,7 +167,9 @@ def test_what_this_course_exports_is_read_again(tmp_path):
     data = load(tmp_path / "real.npz")
     write_folder(data, tmp_path / "made", {"train": part_of(Split(data.train.images + 9, data.train.labels))})
     (tmp_path / "made" / "README.md").write_text("a card")
-    again = load_generated(tmp_path / "made", data)
+    made = load_generated(tmp_path / "made", data)
+    again = made.images
+    assert len(made.files) == 8 and all((tmp_path / "made" / "train" / file).is_file() for file in made.files)
     assert again.labels.bincount().tolist() == [4, 4] and (again.images == 9).all()
 
 
