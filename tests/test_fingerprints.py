@@ -119,6 +119,7 @@ OTHER = dict(
     search_stop_patience=2,
     classifier_epoch_images=12,
     classifier_epoch_limit=12,
+    classifier_val_images=6,
     classifier_seeds=3,
     max_multiple=3,
     class_mix="balanced",

@@ -5,7 +5,7 @@ from .augment import AUGMENTATIONS
 from .mixtures import Mixture
 from .networks import NETWORKS, ResNet20, accuracy, build, predict, probabilities_of
 from .scores import Result, Score, score
-from .training import train_classifier
+from .training import looked_at, train_classifier
 
 __all__ = [
     "ATTACKS",
@@ -19,6 +19,7 @@ __all__ = [
     "accuracy",
     "build",
     "fgsm",
+    "looked_at",
     "pgd",
     "predict",
     "probabilities_of",

@@ -15,8 +15,8 @@ from torch import nn
 from ..data import Split
 from .attacks import Attack
 from .mixtures import Mixture
-from .networks import fraction_right, logits_of, predict
-from .training import train_classifier
+from .networks import accuracy, fraction_right, logits_of, predict
+from .training import looked_at, train_classifier
 
 BINS = 15  # of the confidence (Guo et al. 2017)
 
@@ -82,6 +82,8 @@ def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
 class Result:
     """One classifier at the epoch with the best real validation accuracy, and its score on each test set.
 
+    ``val_accuracy``: of this epoch, on all validation images, also where fewer were looked at after each epoch.
+
     ``epochs`` and ``steps`` (of the optimiser) are those of the whole training, early stopping included.
     ``attacks``: the accuracy, 0..1, on the attacked images of the test set "test", by the attacks' names.
     """
@@ -132,9 +134,10 @@ def score(
 
     model, history = train_classifier(training, val, num_classes, on_step=count, **options)
     best = max(history)
+    val_accuracy = best if looked_at(val, options.get("val_images")) is val else accuracy(model, val)
     scores = {name: _scored(model, test, num_classes) for name, test in tests.items()}
     attacked = {name: _attacked(model, tests["test"], attack) for name, attack in (attacks or {}).items()}
-    return Result(best, history.index(best) + 1, len(history), steps, scores, attacked)
+    return Result(val_accuracy, history.index(best) + 1, len(history), steps, scores, attacked)
 
 
 def _scored(model: nn.Module, test: Split, num_classes: int) -> Score:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data import Split
+from ..data.splits import stratified
 from ..machine.seeds import derived
 from .augment import Augmentation, probabilities
 from .mixtures import Batches, Mixture
@@ -188,6 +189,14 @@ def _best_of(
     return history
 
 
+def looked_at(val: Split, count: int | None) -> Split:
+    """The ``count`` images of ``val`` that epochs are compared by, in the classes' proportions, always the same ones.
+
+    None, or as many as there are or more: ``val`` itself.
+    """
+    return val if count is None or count >= len(val) else val.take(stratified(val.labels, count, seed=0))
+
+
 def train_classifier(
     training: Split | Mixture,
     val: Split,
@@ -202,6 +211,7 @@ def train_classifier(
     batch_size: int = 256,
     epoch_images: int = 1,
     epoch_limit: int | None = None,
+    val_images: int | None = None,
     learning_rate: float = 1e-3,
     label_smoothing: float = 0.1,
     class_prior: Sequence[float] | None = None,
@@ -230,6 +240,7 @@ def train_classifier(
             are not also trained for fewer steps.
         epoch_limit: an epoch ends after so many images, and the next one goes on from there, so that large sets cost
             no more.
+        val_images: of a larger ``val`` only so many are looked at after an epoch, see `looked_at`.
         seed: decides the weights, the order, the augmentations: nothing else does, and the caller's random numbers
             stay as they are. From 0 to 2**32 - 1.
         dtype: of the network's matrix products.
@@ -237,7 +248,7 @@ def train_classifier(
         on_step: called with the number of steps so far; may raise to stop.
 
     Returns:
-        The model with the weights of its best epoch, and the validation accuracy of every epoch.
+        The model with the weights of its best epoch, and every epoch's accuracy on the validation images looked at.
 
     Raises:
         ValueError: an unknown name, parts that do not fit, or a batch too small for the ratio or the network.
@@ -271,7 +282,7 @@ def train_classifier(
     history = _best_of(
         optimisation,
         batches,
-        val,
+        looked_at(val, val_images),
         epochs=epochs,
         steps=steps,
         plateau_patience=plateau_patience,

@@ -666,6 +666,13 @@ class Settings:
     classifier_epoch_limit: int | None = setting(
         None, low=1, high=MANY, read_by=("classifier",), doc="an epoch of a larger set ends after so many images"
     )
+    classifier_val_images: int | None = setting(
+        None,
+        low=1,
+        high=MANY,
+        read_by=("classifier",),
+        doc="validation images that compare epochs, of a larger set; all of them measure the best one",
+    )
     classifier_seeds: int = setting(
         1, low=1, high=1000, read_by=("table",), doc="classifiers trained on each set of the tables"
     )

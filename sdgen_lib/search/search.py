@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..classify import Result, accuracy, score, train_classifier
+from ..classify import Result, accuracy, looked_at, score, train_classifier
 from ..data import ImageData, Split
 from ..machine.parallel import best_at_once, side_by_side
 from ..machine.seeds import derived
@@ -224,7 +224,7 @@ class _Objective:
             raise
 
     def _best_accuracy(self, trial: optuna.Trial) -> float:
-        reached = _Reached(trial, self.data.test, self.select_on, self.classifier_options["epochs"])
+        reached = _Reached(trial, self.data, self.select_on, self.classifier_options)
         trial.study.sampler = self.sampler(trial.number)
         steps = trial.suggest_int("IS", *self.space.IS)
         guidance = trial.suggest_float("UGS", *self.space.UGS)
@@ -245,11 +245,13 @@ class _Objective:
 class _Reached:
     """The best that one trial's classifier has reached so far; called after each of its epochs.
 
-    Each call reports the best validation accuracy to the pruner, and raises TrialPruned if that ends the trial.
+    Each call reports the best validation accuracy to the pruner, and raises TrialPruned if that ends the trial. Where
+    epochs are compared by a part of the validation images ("val_images" of the options), it is that of the part.
     """
 
-    def __init__(self, trial: optuna.Trial, test: Split, select_on: str, epochs: int):
-        self.trial, self.test, self.select_on, self.epochs = trial, test, select_on, epochs
+    def __init__(self, trial: optuna.Trial, data: ImageData, select_on: str, options: Mapping[str, Any]):
+        self.trial, self.data, self.select_on, self.epochs = trial, data, select_on, options["epochs"]
+        self.all_looked_at = looked_at(data.val, options.get("val_images")) is data.val
         self.start = time.perf_counter()
         self.val_accuracy, self.weights = -1.0, {}
 
@@ -265,11 +267,12 @@ class _Reached:
     def record(self, epochs: int, model: nn.Module) -> float:
         """Writes into the trial what it reached, puts the best weights into ``model``, and returns the objective."""
         model.load_state_dict(self.weights)
-        test_accuracy = accuracy(model, self.test)
-        value = self.val_accuracy if self.select_on == "val" else test_accuracy
+        val_accuracy = self.val_accuracy if self.all_looked_at else accuracy(model, self.data.val)
+        test_accuracy = accuracy(model, self.data.test)
+        value = val_accuracy if self.select_on == "val" else test_accuracy
         facts = {
             "value": value,
-            "val_accuracy": self.val_accuracy,
+            "val_accuracy": val_accuracy,
             "test_accuracy": test_accuracy,
             "classifier_epochs": epochs,
             "seconds": time.perf_counter() - self.start,

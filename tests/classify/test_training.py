@@ -254,6 +254,25 @@ def test_epochs_of_a_large_set_end_early_and_go_on(small, seen):
     assert sorted(stream[:25]) == sorted(stream[25:]) == list(range(25)) and stream[:25] != stream[25:]
 
 
+def test_of_a_large_validation_set_epochs_are_compared_by_a_part_and_the_best_one_is_measured_by_all(small):
+    """The part has each class in its proportion, and is the same in every training."""
+    part = training.looked_at(small.val, 40)
+    assert len(part) == 40 and torch.equal(part.images, training.looked_at(small.val, 40).images)
+    shares = part.labels.bincount(minlength=10) / 40 - small.val.labels.bincount(minlength=10) / len(small.val)
+    assert shares.abs().max() < 0.05
+    looked = []
+    _, history = train_small(
+        small, val_images=40, on_epoch=lambda epoch, model, _: looked.append(classify.accuracy(model, part))
+    )
+    assert history == looked
+    result = classify.score(
+        small.train, small.val, {}, 10, width=4, epochs=6, batch_size=32, val_images=40, on_epoch=None
+    )
+    model, _ = train_small(small, val_images=40)
+    assert result.val_accuracy == classify.accuracy(model, small.val) != max(history)
+    assert training.looked_at(small.val, None) is small.val is training.looked_at(small.val, len(small.val))
+
+
 @pytest.mark.parametrize(("epoch_images", "passes"), [(1, 1), (10, 1), (11, 2), (25, 3), (30, 3)])
 def test_an_epoch_passes_over_a_small_set_several_times(small, seen, epoch_images, passes):
     train_small(small, numbered(10), epochs=2, batch_size=10, epoch_images=epoch_images)

@@ -68,6 +68,7 @@ def test_every_setting_but_the_projects_own_has_a_source():
         *("dataset", "recipe", "seed", "runs_dir", "storage", "given", "precision", "class_encoder_start", "lora_rank"),
         *("optimizer", "compile_unet", "gradient_checkpointing", "keep_unets", "sample_batch_size", "default_steps"),
         *("default_guidance", "classifier_epoch_images", "classifier_epoch_limit", "classifier_seeds"),
+        "classifier_val_images",
         *("rescoring_classifiers", "rescoring_images", "inversion_study", "augmented_study"),
         *("worth_generator", "worth_steps", "worth_guidance", "worth_images", "worth_multiple", "mixing_study"),
         "shifted_to",
@@ -122,7 +123,7 @@ OF_TOPICS = {
     "classifier": {
         *("classifier_width", "classifier_shortcut", "classifier_epochs", "classifier_batch_size"),
         *("classifier_learning_rate", "label_smoothing", "plateau_patience", "stop_patience"),
-        *("classifier_epoch_images", "classifier_epoch_limit"),
+        *("classifier_epoch_images", "classifier_epoch_limit", "classifier_val_images"),
     },
     "table": {"classifier_seeds"},
     "set": {"class_mix"},

@@ -245,6 +245,32 @@ def test_the_test_set_is_looked_at_once_a_trial(tmp_path, digits, monkeypatch, s
     assert list(study.trials[0].intermediate_values.values()) == [0.3, 0.6, 0.6, 0.6]  # the pruner sees no test image
 
 
+def test_all_validation_images_measure_a_trial_whose_epochs_were_compared_by_a_part(tmp_path, digits, monkeypatch):
+    """The epochs' accuracies, 0.3 and 0.6, are the part's; the pruner knows no others."""
+    looks = []
+
+    def train_classifier(*images, on_epoch, **options):
+        for epoch, value in enumerate((0.3, 0.6, 0.2), 1):
+            on_epoch(epoch, model, value)
+        return model, [0.3, 0.6, 0.2]
+
+    def accuracy(model, split):
+        looks.append({id(digits.val): "val", id(digits.test): "test"}[id(split)])
+        return 0.5 if split is digits.val else 0.4
+
+    model = search_worker.Right()
+    monkeypatch.setattr("sdgen_lib.search.search.train_classifier", train_classifier)
+    monkeypatch.setattr("sdgen_lib.search.search.accuracy", accuracy)
+    for count, value, looked in ((5, 0.5, ["val", "test"]), (len(digits.val), 0.6, ["test"])):
+        looks.clear()
+        options = {"epochs": 3, "val_images": count}
+        study = opened(tmp_path / f"{count}.log")
+        run(study, search_worker.images_of, digits, n_trials=1, classifier_options=options)
+        frame = trials_frame(study)
+        assert frame.value.tolist() == frame.val_accuracy.tolist() == [value] and looks == looked
+        assert list(study.trials[0].intermediate_values.values()) == [0.3, 0.6, 0.6]
+
+
 def test_what_is_pruned_does_not_depend_on_the_test_images(tmp_path, formula, digits):
     """A pruned trial's value is of the kind of the others', and only the validation accuracy decides on pruning."""
     study = opened(tmp_path / "journal.log")
