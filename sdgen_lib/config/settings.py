@@ -569,9 +569,14 @@ class Settings:
         source="section 4.1: 1280",
         doc="images of its largest class; None: all",
     )
+    augmented_others: bool = setting(
+        False,
+        read_by=("how",),
+        doc="chapter 11 also fills the long tail by the Class-Encoder and by Diffusion Inversion",
+    )
     augmented_study: str = setting(
         "conditionings",
-        choices=("conditionings", "guidance", "dropout", "strength", "shots"),
+        choices=("conditionings", "guidance", "dropout", "strength", "shots", "leak"),
         read_by=("how",),
         doc="the choice whose worth chapter 11 shows",
     )

@@ -346,8 +346,14 @@ class AugmentedMethod:
             raise unknown_name("conditioning", name, allowed)
         return name
 
-    def source(self, conditioning: str | None = None, guidance_scale: float | None = None) -> Source:
-        """The generator, as tables, sets and exports take it; None: the settings' values."""
+    def source(
+        self, conditioning: str | None = None, guidance_scale: float | None = None, real: Split | None = None
+    ) -> Source:
+        """The generator, as tables, sets and exports take it; None: the settings' values.
+
+        ``real``: the images to draw from, where they are not the run's training images. What is on record of a drawn
+        image counts these.
+        """
         ws, s, name = self.ws, self.ws.settings, self.named(conditioning)
         scale = s.augmented_guidance if guidance_scale is None else float(guidance_scale)
         strength = s.augmented_strength if name == STARTS else 1.0
@@ -357,7 +363,12 @@ class AugmentedMethod:
             topics=SAMPLING,
             needs=(self._class_encoder().transfer_step,) if s.augmented_text == "class_encoder" else (),
             roots=("model", "data"),
-            inputs={"conditioning": name, "guidance_scale": scale, **ws.drawing()},
+            inputs={
+                "conditioning": name,
+                "guidance_scale": scale,
+                **({"drawn_from": real.fingerprint} if real else {}),
+                **ws.drawing(),
+            },
             version=VERSION,
         )
         point = {
@@ -371,7 +382,7 @@ class AugmentedMethod:
         return Source(
             self.name,
             step,
-            build=lambda: self._generator(name, scale, ws.run.fingerprint(step)),
+            build=lambda: self._generator(name, scale, ws.run.fingerprint(step), real),
             point=lambda: point,
             passes=lambda images: ws.drawn(s.augmented_steps - skipped(strength, s.augmented_steps), scale, images),
             facts={"conditioning": name},
@@ -386,6 +397,9 @@ class AugmentedMethod:
 
         return ClassEncoderMethod(self.ws)
 
-    def _generator(self, conditioning: str, guidance_scale: float, fingerprint: str) -> LatentGenerator:
+    def _generator(
+        self, conditioning: str, guidance_scale: float, fingerprint: str, real: Split | None
+    ) -> LatentGenerator:
         ws, s = self.ws, self.ws.settings.view(*SAMPLING, "how")
-        return ws.latent_generator(s, self.conditioner(conditioning), s.augmented_steps, guidance_scale, fingerprint)
+        conditioner = self.conditioner(conditioning, real=real)
+        return ws.latent_generator(s, conditioner, s.augmented_steps, guidance_scale, fingerprint)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config.settings import unlike_recipe
 from ..store.run import Result, default_runs_dir, is_of_older_version, results, settings_used, upstream
+from . import seeds_report
 from .names import printable
 from .tables import cas_table, scaling_table, taught_too_little
 
@@ -110,6 +111,8 @@ def _place(row: Row) -> tuple[int, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints tables 1 and 2 of every run in a folder; rows made with different settings stand in tables of their own.
 
+    With ``--seeds`` the tables over seeds, see `seeds_report`.
+
     Raises SystemExit where there is no run.
     """
     parser = argparse.ArgumentParser(
@@ -118,7 +121,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tables of their own, whose headings name what differs from the recipe.",
     )
     parser.add_argument("runs", nargs="?", type=Path, metavar="RUNS", help="the runs' folder (default: runs/)")
-    base = parser.parse_args(argv).runs or default_runs_dir()
+    parser.add_argument(
+        "--seeds",
+        action="store_true",
+        help="instead, put the runs together that differ by their seed: every row's mean over seeds, and its paired "
+        "difference to the row of real images with an interval over seeds",
+    )
+    args = parser.parse_args(argv)
+    base = args.runs or default_runs_dir()
     found = sorted(path for path in base.glob("*/*-seed*") if path.is_dir())
     if not found and base.match("*/*-seed*"):
         raise SystemExit(
@@ -126,6 +136,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if not found:
         raise SystemExit(f"No run in {base.absolute()}: run the notebooks first (make course).")
+    if args.seeds:
+        text = seeds_report.text_of(base)
+        if not text:
+            raise SystemExit(f"No row in {base.absolute()} has two seeds: run the notebooks with -p seed 1, too.")
+        print(text)
+        return
     passed: dict[str, list[str]] = {
         "made by an older version": [],
         "unfinished": [],

@@ -4,14 +4,17 @@ import math
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from sdgen_lib.classify.training import cross_entropy
 from sdgen_lib.course import Course
-from sdgen_lib.data import Split
+from sdgen_lib.data import Split, load
 from sdgen_lib.data.tails import long_tailed
 from sdgen_lib.evaluate import augmented_studies as studies
-from sdgen_lib.evaluate.augmented_studies import AS_PUBLISHED, TAIL, Row
+from sdgen_lib.evaluate.augmented_studies import AS_PUBLISHED, OTHERS, TAIL, Row
+from sdgen_lib.evaluate.sets import synthetic
 from sdgen_lib.methods.augmented import AugmentedMethod
+from sdgen_lib.methods.inversion import InversionMethod
 from sdgen_lib.store import files
 
 
@@ -86,8 +89,12 @@ def test_of_balanced_images_nothing_is_lacking(method):
 def test_each_row_of_a_tail_is_another_result(method):
     tail = AugmentedMethod(studies.tailed(method.ws))
     rows = {**TAIL, **AS_PUBLISHED}
-    found = {name: tail.ws.run.fingerprint(studies.tail_step(tail, row)) for name, row in rows.items()}
-    found["drawn anew"] = tail.ws.run.fingerprint(studies.tail_step(tail, TAIL["filled: text"], drawn=1))
+    found = {}
+    for name, row in rows.items():
+        ws, source = studies.filled_by(tail, row.filled, None)
+        found[name] = ws.run.fingerprint(studies.tail_step(ws, row, source))
+    text = tail.source("text")
+    found["drawn anew"] = tail.ws.run.fingerprint(studies.tail_step(tail.ws, TAIL["filled: text"], text, drawn=1))
     assert len(set(found.values())) == len(rows) + 1
 
 
@@ -96,8 +103,9 @@ def test_a_filling_is_drawn_once_and_says_whose_likeness_its_images_may_be(metho
     real, run = tail.ws.data.train, tail.ws.run
     filled = {name: row for name, row in (TAIL | AS_PUBLISHED).items() if row.filled == "random image"}
     assert len(filled) > 2
-    steps = [studies.tail_step(tail, row).needs for row in filled.values()]
-    assert {run.folder(step) for (step,) in steps} == {run.folder(studies.filling_step(tail, "random image"))}
+    random_image = tail.source("random image")
+    steps = [studies.tail_step(tail.ws, row, random_image).needs for row in filled.values()]
+    assert {run.folder(step) for (step,) in steps} == {run.folder(studies.filling_step(tail.ws, random_image))}
     found = files.load_tensors(run.file(steps[0][0], studies.FILLING))
     assert found["label"].tolist() == studies.missing_labels(real, tail.ws.data.num_classes).tolist()
     assert len(found["images"]) == len(found["label"]) and found["images"].dtype == torch.uint8
@@ -114,9 +122,80 @@ def test_a_half_real_row_is_trained_with_its_prior(method):
     assert len(found["test"]) == 2 and all(0 <= value <= 1 for value in found["test"])
 
 
+def test_a_tail_is_filled_by_the_other_methods_which_learn_from_the_tail(method, tmp_path, micro):
+    given = dict(inversion_visits=2, inversion_checkpoints=1, inversion_steps=2, classifier_seeds=2, seed=3)
+    given |= dict(augmented_tail_largest=6, augmented_tail_factor=6.0, worth_steps=2, worth_guidance=1.0)
+    whole = Course(micro(tmp_path, **given)).workspace
+    beside = studies.tailed(whole)
+    tail = AugmentedMethod(studies.tailed(whole.on("tiny-unclip")))
+    rows = {name: OTHERS[name] for name in ("filled: Class-Encoder", "filled: Diffusion Inversion")}
+    with pytest.raises(ValueError, match="'after 1' is another method's generator"):
+        studies.tail_rows(tail, rows)
+    found = studies.tail_rows(tail, rows | {"real": TAIL["real"]}, beside=beside)
+    assert {row["num_images"] for name, row in found.items() if name != "real"} == {60}
+    assert found["filled: Class-Encoder"]["point"]["num_inference_steps"] == 2
+    learnt = beside.run.result(InversionMethod(beside).vectors_step(1))
+    assert found["filled: Diffusion Inversion"]["point"]["visits"] == 2 and learnt.facts is not None
+    assert {row["steps"][0] for row in found.values()} == {found["real"]["steps"][0]}
+    measured = studies.fillings_measured(tail, whole, rows, beside=beside)
+    assert list(measured) == ["real validation images", "after 1", "inversion"]
+    lacking = len(studies.missing_labels(tail.ws.data.train, 10))
+    assert measured["after 1"]["num_generated"] == measured["inversion"]["num_generated"] == lacking
+    assert all(row["fd"] >= 0 for row in measured.values())
+
+
+def test_of_a_balanced_set_there_is_no_filling_to_measure(method):
+    even = AugmentedMethod(method.ws.holding(long_tailed(method.ws.data, 1.0, 2, 0)))
+    assert studies.fillings_measured(even, method.ws) == {}
+
+
+def test_as_many_of_each_class():
+    found = studies.of_counts(split_of(0, 0, 0, 1, 2, 2), torch.tensor([2, 3, 0]))
+    assert found.labels.tolist() == [0, 0, 1] and found.images[:, 0, 0, 0].tolist() == [0, 1, 3]
+
+
+def test_a_frozen_encoders_linear_head_is_scikit_learns(method):
+    """One penalty, by hand; the best of several is no worse on the validation images."""
+    data = method.ws.data
+    embedded = {
+        name: method.encoder.embeddings(getattr(data, name).images).numpy() for name in ("train", "val", "test")
+    }
+    mean, deviation = embedded["train"].mean(0), embedded["train"].std(0)
+    scaled = {name: (those - mean) / deviation for name, those in embedded.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies, "PENALTIES", (0.1,))
+        found = studies.probe(method, data.train)
+    by_hand = LogisticRegression(C=0.1, max_iter=2000).fit(scaled["train"], data.train.labels)
+    for name in ("val", "test"):
+        assert found[name] == pytest.approx(by_hand.score(scaled[name], getattr(data, name).labels), abs=0.01)
+    assert studies.probe(method, data.train)["val"] >= found["val"]
+    with pytest.raises(ValueError, match="all of these images are of one"):
+        studies.probe(method, data.train.take((data.train.labels == 0).nonzero()[:, 0]))
+
+
+def test_a_leak_draws_from_images_that_the_run_does_not_have(method):
+    """It is another result, and its images are made from real ones of the whole training set."""
+    whole = load("digits:100", image_size=method.ws.data.image_size).train
+    with pytest.raises(ValueError, match='"leak" draws from the whole training set'):
+        studies.study(method, "leak", 1)
+    few, all_of_them = method.source("random image"), method.source("random image", real=whole)
+    assert method.ws.run.fingerprint(few.step) != method.ws.run.fingerprint(all_of_them.step)
+    labels = torch.arange(10)
+    made = all_of_them.build()
+    rows = made.conditioner.real_rows(labels, torch.arange(10), method.ws.settings.seed)[:, 0]
+    assert whole.labels[rows].tolist() == labels.tolist() and int(rows.max()) >= len(method.ws.data.train)
+    found, frozen = (of(method, "leak", 1, whole) for of in (studies.study, studies.probes))
+    assert list(frozen) == [("real", "real"), *found]
+    real, made = method.ws.data.train, synthetic(method.ws, few, 1)
+    both = Split(torch.cat([real.images, made.images]), torch.cat([real.labels, made.labels]))
+    assert frozen["those it has", "both"] == studies.probe(method, both)
+    assert frozen["real", "real"] == studies.probe(method, real)
+    assert [value for value, kind in found if kind == "both"] == ["those it has", "the whole training set: LEAKS"]
+
+
 def test_a_study_has_a_row_for_each_value_and_kind(method):
     names = studies.studies(method)
-    assert set(names) == {"conditionings", "guidance", "dropout", "strength", "shots"}
+    assert set(names) == {"conditionings", "guidance", "dropout", "strength", "shots", "leak"}
     found = studies.study(method, "shots", 1)
     assert set(found) == {(value, kind) for value in ("1", "2", "4") for kind in ("real", "generated", "both")}
     assert found["1", "real"]["num_images"] == 10 and found["4", "both"]["num_images"] == 80

@@ -323,5 +323,8 @@ def test_recipes_and_protocol():
     assert (released.augmented_protocol, released.augmented_guidance) == ("released", 10.0)
     assert demo.augmented_text == "class_encoder"
     rows = {row["setting"] for row in protocol(demo, "augmented")}
-    assert rows == {name for name in vars(demo) if name.startswith("augmented_")} - {"augmented_study"}
+    assert rows == {name for name in vars(demo) if name.startswith("augmented_")} - {
+        "augmented_study",
+        "augmented_others",
+    }
     assert "paper" in followed(resolve("paper", backbone="tiny"), "augmented")
