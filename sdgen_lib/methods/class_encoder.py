@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..config.messages import unknown_name
@@ -38,8 +39,8 @@ from ..work.workspace import Source, Workspace, classifier_options, classifier_w
 ROWS = ("after 1", "after 2", "after 3", "after 4")  # of table 1: where the steps stand
 JOURNAL = "journal.log"
 ENCODER = "class_encoder."  # before the names of its parameters in a checkpoint of step 3
-TRAINING_VERSION = 2  # of steps 1 and 3: raised whenever the same settings would train otherwise
-SEARCH_VERSION = 5  # of both searches: raised whenever the same settings would score trials otherwise
+TRAINING_VERSION = 3  # of steps 1 and 3: raised whenever the same settings would train otherwise
+SEARCH_VERSION = 6  # of both searches: raised whenever the same settings would score or choose trials otherwise
 SAMPLING = ("sampling", "class_encoder", "precision", "seed")  # what drawing an image reads, besides its point
 
 
@@ -116,8 +117,9 @@ class ClassConditioner:
     empty_prompt: torch.Tensor | None = None
 
     def __call__(self, labels: torch.Tensor, indices: torch.Tensor | None = None, seed: int = 0) -> Condition:
-        contexts = self.encoder.contexts()
-        return Condition(contexts[labels.to(contexts.device)])
+        # Not rows of `contexts`: on several cores the gradient of such a choice adds up in another order each time.
+        one_hot = F.one_hot(labels.to(self.encoder.device), self.encoder.num_classes)
+        return Condition(self.encoder(one_hot.float()))
 
     def unconditional(self) -> Condition:
         return Condition(self.encoder.unconditional(self.kind, self.empty_prompt)[None])

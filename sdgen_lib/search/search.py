@@ -30,6 +30,7 @@ from .study import FINISHED, QUEUED
 PARAMETERS = ("IS", "UGS", "epoch")
 FEWEST = 4  # trials that fANOVA needs
 KNOWN = "known"  # a trial's attribute: its point was given, not sampled
+ROUNDING = 1e-6  # accuracies are float32
 RESCORED = "rescored"  # a study's attribute: for each rescored point {"point", "seeds", "values"}
 
 
@@ -354,14 +355,17 @@ def rescored_values(study: optuna.Study) -> dict[int, list[float]]:
 def chosen(study: optuna.Study) -> FrozenTrial:
     """The trial that a search ends with: of those that were rescored the one with the best mean, else the best one.
 
-    Never a pruned one. Raises ValueError where no trial is complete.
+    Where means are equal, as few validation images make them, the known point stays: no other is better. Never a pruned
+    one. Raises ValueError where no trial is complete.
     """
     if not (complete := _best_few(study)):
         raise ValueError(f"No trial of {study.study_name} is complete: raise n_trials, or search without pruning.")
     if not (values := rescored_values(study)):
         return complete[0]
-    number = max(values, key=lambda number: np.mean(values[number]))
-    return next(trial for trial in complete if trial.number == number)
+    rescored = [trial for trial in complete if trial.number in values]
+    best = max(np.mean(values[trial.number]) for trial in rescored)
+    equal = [trial for trial in rescored if np.mean(values[trial.number]) >= best - ROUNDING]
+    return next((trial for trial in equal if trial.user_attrs.get(KNOWN)), equal[0])
 
 
 def rescored_frame(study: optuna.Study) -> pd.DataFrame:

@@ -112,6 +112,32 @@ def test_unconditional_errors(encoder):
 # --- as a conditioner ---
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_its_gradients_are_the_same_whenever_they_are_computed(two_threads):
+    """On two cores, of contexts as large as Stable Diffusion's. The closed form: the sum over a class's images."""
+    torch.manual_seed(0)
+    encoder = ClassEncoder(10, 77, 1024)
+    labels, weights = torch.randint(0, 10, (32,)), torch.randn(32, 77, 1024)
+    conditioner = encoder.conditioner()
+    found = set()
+    for _ in range(12):
+        encoder.zero_grad()
+        (conditioner(labels).context * weights).sum().backward()
+        found.add((encoder.linear.weight.grad.numpy().tobytes(), encoder.linear.bias.grad.numpy().tobytes()))
+    assert len(found) == 1
+    flat = weights.double().flatten(1)
+    of_class = torch.stack([flat[labels == label].sum(0) for label in range(10)], 1)
+    torch.testing.assert_close(encoder.linear.weight.grad.double(), of_class, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoder.linear.bias.grad.double(), flat.sum(0), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["zero", "class_mean"])
 def test_it_tells_each_image_its_classs_context(encoder, kind):
     told, labels = encoder.conditioner(kind), torch.tensor([2, 0, 2, 1])

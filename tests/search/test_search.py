@@ -587,6 +587,16 @@ def test_a_known_point_is_scored_again_however_it_did(tmp_path, digits, scored):
     assert rescored_frame(study).index.tolist() == [5, 3, 2, 0]
 
 
+@pytest.mark.parametrize(("known", "number"), [((), 0), ((2,), 2), ((1, 2), 1)])
+def test_of_equal_means_the_known_point_stays(tmp_path, digits, scored, known, number):
+    """The first value, which luck made high, breaks no tie; of several known points the better first value does."""
+    study = hand_made(tmp_path / "journal.log", [(3.0, 0.9), (3.5, 0.8), (3.2, 0.7), (2.0, 0.95)], known=known)
+    rescored_study(study, digits, count=4)
+    frame = rescored_frame(study)
+    assert frame["mean"].round(6).tolist() == [0.315, 0.315, 0.315, 0.215]
+    assert chosen(study).number == number and frame.index[frame.chosen].tolist() == [number]
+
+
 def test_a_killed_rescoring_goes_on(tmp_path, digits, scored):
     drawn = []
 
