@@ -218,9 +218,9 @@ def fillings_measured(
     lacking = missing_labels(method.ws.data.train, whole.data.num_classes)
     if not len(lacking):
         return {}
-    features, real = metrics.extractor("resnet20", quality.judge_of(whole)), whole.data.train
-    known = features(of_counts(real, torch.bincount(lacking, minlength=whole.data.num_classes)).images)
-    val = of_counts(whole.data.val, torch.bincount(lacking, minlength=whole.data.num_classes))
+    features = metrics.extractor("resnet20", quality.judge_of(whole))
+    counts = torch.bincount(lacking, minlength=whole.data.num_classes)
+    known, val = features(of_counts(whole.data.train, counts).images), of_counts(whole.data.val, counts)
     found = {"real validation images": metrics.compare(known, features(val.images), features.name)}
     for name in dict.fromkeys(row.filled for row in (TAIL if rows is None else rows).values() if row.filled):
         ws, source = filled_by(method, name, beside)

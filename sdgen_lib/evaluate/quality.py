@@ -92,7 +92,7 @@ def twins(held: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     pixels are averaged to 8 x 8, so that a copy that was resized or saved as JPEG is still one; a mirrored one is not.
     Nearly: it is nearer to a held image than a quarter of that one's distance to its own nearest. Of the images of five
     datasets that were saved as JPEG (quality 75) 96 to 100 of 100 were found; of training images among the test images
-    none, but for BreastMNIST, where 71 of 546 are ultrasound pictures taken twice.
+    none, but for BreastMNIST, where 71 of 546 are there, too.
     """
     of_held, of_generated = (
         F.interpolate(images.float(), (8, 8), mode="area").flatten(1) for images in (held, generated)

@@ -70,7 +70,7 @@ def leaked(kind: str, leaks: Mapping[str, torch.Tensor]) -> list[str]:
     """A sentence for each set of held images that images of this ``kind`` show, which classifiers then learn from."""
     return [
         f"LEAK: {int(rows.sum())} of the {len(rows)} {kind} images are one of the real {name} images, or nearly: "
-        "accuracies with them are too high. Leave them out."
+        "accuracies with them may be too high. Leave them out."
         for name, rows in leaks.items()
         if rows.any()
     ] or [f"None of the {kind} images is one of the real validation or test images, nor nearly one."]

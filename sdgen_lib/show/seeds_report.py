@@ -59,6 +59,9 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return found
 
 
+PLAIN_TAIL = _flat(dataclasses.asdict(TailRow()), "row")  # what the long tail's row of real images chose
+
+
 def _choices(run_folder: Path, result: Result) -> dict[str, Any]:
     """All that was chosen for a row: settings, its own inputs, and those of what drew its images."""
     drawn: dict[str, Any] = {}
@@ -77,7 +80,7 @@ def rows_over_seeds(folders: Sequence[Path], table: str) -> list[Seeded]:
     for folder in folders:
         found = [*results(folder, table), *results(folder, f"{table}/*")]
         for result in found:
-            if "test" not in result.facts or result.name == DRAWN[1]:
+            if "test" not in result.facts:  # what a row was made from
                 continue
             choices, run = _choices(folder, result), result.record["run"]
             key = json.dumps([result.name, choices], sort_keys=True)
@@ -97,9 +100,7 @@ def named(rows: Sequence[Seeded]) -> dict[str, Seeded]:
             if not SAID_ELSEWHERE.fullmatch(key) and any(c.get(key) != row.choices.get(key) for c in kin)
         ]
         chosen = {key: row.choices[key] for key in differs if row.choices.get(key) is not None}
-        if row.name == "long_tail":
-            plain = _flat(dataclasses.asdict(TailRow()), "row")
-            chosen = {key: value for key, value in chosen.items() if plain.get(key, value) != value or key not in plain}
+        chosen = {key: value for key, value in chosen.items() if key not in PLAIN_TAIL or PLAIN_TAIL[key] != value}
         title = row.name.rpartition("/")[2].replace("_", " ")
         shown = ", ".join([title, *(f"{key.rpartition('.')[2]}={value!r}" for key, value in chosen.items())])
         again = 2
@@ -115,12 +116,11 @@ def reference(row: Seeded, rows: Sequence[Seeded], end: str) -> Seeded | None:
 
     It took as many steps. None where there is none, or it is the row itself.
     """
-    plain = _flat(dataclasses.asdict(TailRow()), "row")
 
     def fits(other: Seeded) -> bool:
         if other.name.rpartition("/")[2] != end or other.facts.keys().isdisjoint(row.facts):
             return False
-        if end == "long_tail" and any(other.choices.get(key) != value for key, value in plain.items()):
+        if end == "long_tail" and any(other.choices.get(key) != value for key, value in PLAIN_TAIL.items()):
             return False
         return other.choices.get("options.steps") == row.choices.get("options.steps")
 

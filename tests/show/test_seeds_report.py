@@ -1,5 +1,7 @@
 """Tables over seeds, from records that a real `Run` wrote; the rows are made by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
@@ -70,8 +72,6 @@ def test_rows_of_one_seed_are_counted_and_other_generators_and_families_stand_ap
 
 
 def test_a_row_of_a_long_tail_is_named_by_what_it_has_and_compared_with_the_plain_one(tmp_path, capsys):
-    import dataclasses
-
     for seed, extra in enumerate((0.0, 0.02, 0.01)):
         for name in ("real", "oversampled, randaugment", "filled: text"):
             row = dataclasses.asdict(TAIL[name])
