@@ -12,7 +12,7 @@ from sklearn import metrics
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..classify import accuracy, predict, train_classifier
+from ..classify import Score, accuracy, predict, train_classifier
 from ..course import Course
 from ..data import Split
 from . import figures
@@ -198,8 +198,9 @@ class Confusion(Explorer):
     def _still(self) -> Figure:
         shown = {}
         for name, matrix in self.matrices.items():
-            right = float((self.predictions[name] == self.split.labels).float().mean())
-            shown[f"{name}: {right:.1%} right"] = matrix[self.classes][:, self.classes].numpy()
+            reached = Score.of(self.predictions[name], self.split.labels, len(self.class_names))
+            title = f"{name}\n{reached.accuracy:.1%} right, balanced {reached.balanced_accuracy:.1%}"
+            shown[title] = matrix[self.classes][:, self.classes].numpy()
         return figures.confusions(shown, [self.class_names[c] for c in self.classes])
 
 

@@ -13,7 +13,7 @@ from ..config.settings import unlike_recipe
 from ..store.run import Result, default_runs_dir, is_of_older_version, results, settings_used, upstream
 from . import seeds_report
 from .names import printable
-from .tables import cas_table, scaling_table, taught_too_little
+from .tables import cas_table, chosen_set, scaling_table, taught_too_little
 
 USUAL = "after 4"  # whose sets table 2 compares, where its heading names no other generator
 TABLES = {1: cas_table, 2: scaling_table}
@@ -97,7 +97,9 @@ def tables_of(run_folder: Path, title: str) -> str:
                 heading += f" (finished {rows[-1].result.record['finished']})"
             facts = {row.name: row.result.facts for row in sorted(rows, key=_place)}
             shown = table(facts, rows[0].result.record["run"].get("dataset", "")).to_string()
-            texts[heading] = "\n".join([shown, *taught_too_little(facts)])
+            best = chosen_set(facts) if number == 2 else None
+            chosen = [f"The set that validation images choose: {best}."] if best else []
+            texts[heading] = "\n".join([shown, *chosen, *taught_too_little(facts)])
     lines = "\n".join(f"\n{heading}\n{text}" for heading, text in texts.items()).split("\n")
     return "\n".join(map(printable, lines))  # a terminal obeys what it is shown
 

@@ -155,20 +155,26 @@ def rescored(study: optuna.Study) -> Figure:
     return figure
 
 
-def trials_by_parameter(frame: pd.DataFrame, chosen: int | None = None) -> Figure:
-    """All four numbers of each trial (rows of `trials_frame`): IS and UGS, epoch and CAS; ``chosen`` is ringed.
+def trials_by_parameter(frame: pd.DataFrame, shown: int | None = None) -> Figure:
+    """All four numbers of each trial (rows of `trials_frame`): IS and UGS, epoch and CAS.
 
-    A pruned trial has no accuracy to compare: it lies on a line below, see `heights`.
+    A ring is around the trial that the search would end with now, a dotted one around trial ``shown``. A pruned trial
+    has no accuracy to compare: it lies on a line below, see `heights`.
     """
     at = frame.assign(value=heights(frame))
     figure, axes = new_axes(1, 2, size=(9.2, 3.4))
     for ax, (x, y) in zip(axes, PANELS):
         scale = _coloured(ax, frame, x, y, least_span=1)
-        if chosen is not None:
-            ax.scatter(at.loc[chosen, x], at.loc[chosen, y], **RING)
+        if not is_pruned(frame).all():
+            best = best_trial(at)
+            ax.scatter(best[x], best[y], label="chosen", **RING)
+        if shown is not None:
+            ax.scatter(at.loc[shown, x], at.loc[shown, y], label="shown below", **RING | {"linestyle": ":", "s": 340})
         ax.set(xlabel=LABELS[x], ylabel=LABELS.get(y, "accuracy (real images of the search)"))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes[0].legend(fontsize=8)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, markerscale=0.6
+    )
     percent_axis(axes[1])
     figure.colorbar(scale, ax=axes, label="accuracy (%)")
     return figure

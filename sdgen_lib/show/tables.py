@@ -216,6 +216,12 @@ def taught_too_little(rows: Rows) -> list[str]:
     return said
 
 
+def chosen_set(rows: Rows) -> str | None:
+    """Which of x1 .. xK the validation images choose: that of the highest mean. None where no row says what it had."""
+    means = {name: np.mean(row["val"]) for name, row in rows.items() if name != REAL and "val" in row}
+    return max(means, key=means.get, default=None)
+
+
 def _how_drawn(row: Mapping[str, Any]) -> dict[str, Any]:
     """Where a row samples, in the paper's words; a method without fine-tuning has no epochs."""
     point = row["point"]

@@ -366,7 +366,9 @@ def test_a_click_shows_the_confused_images():
     tooltips["cat taken for dog: 2"].click()
     assert "one: 2 images of class cat taken for dog" in explorer.words.value
     assert explorer.image.value == drawn(figures.image_grid([images[1:3]], [""], scale=0.9))
-    assert [ax.get_title() for ax in explorer.still().axes] == ["one: 66.7% right", "two: 100.0% right"]
+    one, two = (ax.get_title() for ax in explorer.still().axes)
+    assert one == "one\n66.7% right, balanced 77.8%"  # (1/3 + 2/2 + 1/1) / 3, and no class left out
+    assert two == "two\n100.0% right, balanced 100.0%"
 
 
 def test_many_classes_show_the_most_confused():

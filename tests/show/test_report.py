@@ -77,6 +77,7 @@ def test_every_run_is_printed(made, capsys):
     cifar, digits = ("\n".join(found[f"Table 2, {run}"]) for run in runs)
     assert "74.0 ± 3.6" in cifar and "published accuracy" in cifar and "published" not in digits
     assert found[f"Table 2, {runs[0]}"][0].split() == ["real", "x1", "x2"]
+    assert found[f"Table 2, {runs[0]}"][-1] == "The set that validation images choose: x2."
     assert "55.0 ± 7.1" in "\n".join(found[f"Table 1, {runs[1]}"])
 
 

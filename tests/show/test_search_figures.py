@@ -109,12 +109,17 @@ def test_a_search_that_was_not_rescored_has_no_such_figure(study):
         search_figures.rescored(study)
 
 
-def test_a_chosen_trial_is_ringed(study):
+def test_the_chosen_trial_is_ringed_and_the_shown_one(study):
     frame = trials_frame(study)
-    figure = drawn(search_figures.trials_by_parameter(frame, chosen=3))
+    best = study.best_trial.number
+    assert best != 3
+    figure = drawn(search_figures.trials_by_parameter(frame, shown=3))
     for ax, names in zip(figure.axes, search_figures.PANELS):
-        (ring,) = ax.collections[-1].get_offsets()
-        np.testing.assert_allclose(ring, frame.loc[3, list(names)].astype(float))
+        for ring, trial in zip(ax.collections[-2:], (best, 3)):
+            (at,) = ring.get_offsets()
+            np.testing.assert_allclose(at, frame.loc[trial, list(names)].astype(float))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["complete", "pruned", "chosen", "shown below"]
 
 
 def test_figures_of_the_shortest_search(study_of):

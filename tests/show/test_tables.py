@@ -138,6 +138,16 @@ def test_rows_without_pairs_are_not_compared(values, others):
         tables.compared(values, others)
 
 
+def test_the_set_is_chosen_by_validation_images():
+    rows = {
+        "real": scaling_row([0.9], 10) | {"val": [0.99]},
+        "x1": scaling_row([0.6], 10) | {"val": [0.7, 0.8]},
+        "x2": scaling_row([0.8], 10) | {"val": [0.9, 0.4]},
+    }
+    assert tables.chosen_set(rows) == "x1"
+    assert tables.chosen_set({"real": rows["real"], "x1": {"test": [0.6]}}) is None  # an older row
+
+
 def test_a_row_below_an_answer_that_looks_at_nothing_is_told_in_words():
     rows = {
         "real": scaling_row([0.54, 0.55], 1080) | {"largest_class": 0.435, "balanced_test": [0.4, 0.41]},
