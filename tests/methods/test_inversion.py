@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from sdgen_lib.config.settings import followed, protocol, resolve
-from sdgen_lib.diffusion.generate import balanced_labels
+from sdgen_lib.diffusion.generate import balanced_labels, generate_latents
 from sdgen_lib.diffusion.samplers import guided_noise
-from sdgen_lib.diffusion.training import Latents, fit, optimizer_for
+from sdgen_lib.diffusion.training import Latents, fit, fixed_loss, optimizer_for
 from sdgen_lib.evaluate import sets
 from sdgen_lib.methods import inversion
 from sdgen_lib.methods.inversion import InversionMethod, InvertedImages, Vectors, VectorTable
 from sdgen_lib.share import export, generator
 from sdgen_lib.store import files
+from sdgen_lib.tools import bench_tools
 
 # --- stage 1 ---
 
@@ -228,6 +229,38 @@ def test_guidance_leads_each_image_away_from_its_own_context(tiny):
     for i in range(2):
         one = slice(i, i + 1)
         assert torch.allclose(together[one], guided_noise(predict, latents[one], 5, told[one], apart[one], 2.0))
+
+
+@pytest.mark.slow
+def test_a_group_is_learnt_and_drawn_at_stable_diffusions_size():
+    """SD 2's UNet and VAE at 128 pixels, with random weights, on the CPU: the released start and tokens."""
+    torch.manual_seed(0)
+    model = bench_tools.load("sd2-random", "cpu", "auto")
+    images = torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8)
+    group = Latents(model.encode(images), torch.arange(4))
+    table = VectorTable(inversion.uniform_start(4, tokens=5, width=model.width, seed=0), 4)
+    at, noise = torch.tensor([100, 300, 500, 800]), torch.randn(group.latents.shape)
+
+    def own(rows):
+        return table(group.labels[rows], group.labels[rows])
+
+    @torch.no_grad()
+    def loss():
+        return fixed_loss(model, group.latents, own, at, noise)
+
+    unet = [parameter.double().sum().item() for parameter in model.unet.parameters()]
+    losses = [loss()]
+    how = dict(batch_size=4, learning_rate=0.3, weight_decay=0.0, clip_norm=math.inf, schedule="constant", seed=0)
+    for _ in fit({"vectors": table.table.weight}, model, table, group, epochs=2, optimizer="adamw", **how):
+        losses.append(loss())
+    assert losses[0] > losses[1] > losses[2]
+    assert unet == [parameter.double().sum().item() for parameter in model.unet.parameters()]
+    with torch.no_grad():
+        told, start = own(slice(None)), torch.randn(1, *model.latent_shape).expand(4, -1, -1, -1)
+        how = dict(num_inference_steps=2, guidance_scale=2.0)
+        drawn = model.decode(generate_latents(model, told, table.unconditional(), start, **how))
+    assert drawn.shape == images.shape and drawn.dtype == torch.uint8
+    assert not torch.equal(drawn[0], drawn[1])  # the same noise, another vector
 
 
 # --- on a run's data ---
