@@ -163,6 +163,14 @@ def test_a_wrong_parameter_stops_the_notebook(tmp_path, parameters, words):
     assert all(word in errors[0].evalue for word in words)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", ["01_encoder_swap.ipynb", "02_transfer.ipynb"])
+def test_the_chapters_on_the_class_encoder_run_with_the_released_codes_two_maps(tmp_path, chapter):
+    given = {**MICRO, "recipe": "released", "runs_dir": tmp_path / "runs"}
+    result = papermill(chapter, tmp_path / "out.ipynb", tmp_path, **given)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 def test_a_chapter_runs_alone_and_reuses_what_is_there(tmp_path):
     first = papermill("03_tune.ipynb", tmp_path / "1.ipynb", tmp_path, runs_dir=tmp_path / "runs", **MICRO)
     assert first.returncode == 0, first.stderr[-2000:]

@@ -277,7 +277,7 @@ class Settings:
         False,
         read_by=("retune",),
         source="section 3, step 4: no point is given",
-        doc="step 4 first tries the point of the row 'after 3', as it is and at the smallest guidance",
+        doc="step 4 first tries the point of the row 'after 3', as it is and at UGS 1",
     )
     rescored: int = setting(
         0,

@@ -32,7 +32,7 @@ def scaling_step(ws: Workspace, source: Source, name: str) -> Step:
     return row_step(
         ws,
         f"table_2/{name}",
-        lambda _: Training(synthetic(ws, source, multiple), {"point": dict(source.point())}),
+        lambda _: Training(synthetic(ws, source, multiple), {"point": dict(source.point()), **source.facts}),
         multiple * n,
         needs=blocks,
         topics=set_topics(ws, multiple),

@@ -41,6 +41,7 @@ JOURNAL = "journal.log"
 ENCODER = "class_encoder."  # before the names of its parameters in a checkpoint of step 3
 TRAINING_VERSION = 3  # of steps 1 and 3: raised whenever the same settings would train otherwise
 SEARCH_VERSION = 6  # of both searches: raised whenever the same settings would score or choose trials otherwise
+RETUNE_VERSION = SEARCH_VERSION + 1  # of step 4, whose given points changed once on their own
 SAMPLING = ("sampling", "class_encoder", "precision", "seed")  # what drawing an image reads, besides its point
 
 
@@ -206,7 +207,7 @@ class ClassEncoderMethod:
     def retune_step(self, on_trial: Callable[[optuna.Study], None] | None = None) -> Step:
         return Step(
             "4_retune",
-            version=SEARCH_VERSION,
+            version=RETUNE_VERSION,
             make=lambda folder, s: self._make_search(folder, s, self.retune_step(), self.second_space(), on_trial),
             topics=("retune", "search_space", "classifier", *SAMPLING),
             needs=(self.transfer_step, self.tune_step(), self.finetune_step),
@@ -559,14 +560,15 @@ class ClassEncoderMethod:
         return images_of
 
     def _known(self, space: Space) -> list[dict[str, float]]:
-        """The points that step 4 tries first: that of the row before it, and the same at the smallest guidance.
+        """The points that step 4 tries first: that of the row before it, and the same without guidance, at UGS 1.
 
+        (At the smallest UGS of the space where that is more: below 1 the class is told less than it was trained to be.)
         A UNet that was fine-tuned on the classes needs little guidance or none. The few images of a trial hide that:
         guidance makes them typical, which helps most where there are few.
         """
         before = self.point("after 3")
         incumbent = {"IS": before.num_inference_steps, "UGS": before.guidance_scale, "epoch": before.finetune_epoch}
-        points = [space.nearest(point) for point in (incumbent, incumbent | {"UGS": space.UGS[0]})]
+        points = [space.nearest(point) for point in (incumbent, incumbent | {"UGS": 1.0})]
         return points[:1] if points[0] == points[1] else points
 
     # --- what they cost ---

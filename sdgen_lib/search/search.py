@@ -505,8 +505,8 @@ def bootstrapped_importances(
 def _enough(found: Compared) -> Compared:
     if len(found.trials) < FEWEST:
         raise ValueError(
-            f"fANOVA needs at least {FEWEST} trials, and this search has {found.said}: raise n_trials, "
-            "or let pruned trials count (pruned=True)."
+            f"fANOVA needs at least {FEWEST} trials, and this search has {found.said}: raise n_trials or "
+            "n_trials_retune, or let pruned trials count (pruned=True), if there are some."
         )
     return found
 

@@ -41,26 +41,32 @@ def real_or_generated(course: Course, num_questions: int | None = None, epochs: 
 
     The classifier (a ResNet20 of two classes, the classifier two-sample test of Lopez-Paz and Oquab 2017) learns from
     the real training images and block 1 of the set; it is chosen, scored and asked on real test images and as many of
-    block 2: none that it has seen. 0.5 would mean that the two cannot be told apart.
+    block 2: none that it has seen. 0.5 would mean that the two cannot be told apart. A run without a second block
+    (``max_multiple`` 1) has half of the first one for either, and as many real images to learn from.
     None: 12 questions, or as many as there are images for. Raises ValueError for an odd number of questions, for more
     than there are images for, and where there is no image to ask about.
     """
     if num_questions is not None and (type(num_questions) is not int or num_questions < 2 or num_questions % 2):
         raise ValueError(f"num_questions must be an even number from 2, not {num_questions!r}: half of them are real.")
-    n, made = len(course.data.train), course.synthetic(2)
-    random = torch.Generator().manual_seed(course.settings.seed)
-    fresh = made.take(n + torch.randperm(n, generator=random))  # block 2
+    n, random = len(course.data.train), torch.Generator().manual_seed(course.settings.seed)
+    if course.settings.max_multiple > 1:
+        made = course.synthetic(2)
+        known, real, fresh = made.take(range(n)), course.data.train, made.take(n + torch.randperm(n, generator=random))
+    else:
+        made = course.synthetic(1).take(torch.randperm(n, generator=random))
+        known, fresh = made.take(range(n // 2)), made.take(range(n // 2, n))
+        real = course.data.train.take(torch.randperm(n, generator=random)[: len(known)])
     chosen = max(1, len(fresh) // 3)  # with two classes there are two images or more
     val, _ = _mixed(course.data.val, fresh.take(range(chosen)), random)
-    test, classes = _mixed(course.data.test, fresh.take(range(chosen, n)), random)
+    test, classes = _mixed(course.data.test, fresh.take(range(chosen, len(fresh))), random)
     ask = len(test) // 2
     if not ask:
         raise ValueError(f"{n} training and {len(course.data.test)} test images are too few for a quiz: give 2 and 1.")
     half = min(QUESTIONS // 2, ask) if num_questions is None else num_questions // 2
     if half > ask:
         raise ValueError(f"num_questions must be at most {2 * ask} with these few images, not {num_questions}.")
-    images = torch.cat([made.images[:n], course.data.train.images])
-    judge = _judge(course, Split(images, torch.arange(2).repeat_interleave(n)), val, epochs)
+    images = torch.cat([known.images, real.images])
+    judge = _judge(course, Split(images, torch.arange(2).repeat_interleave(len(known))), val, epochs)
     rows = torch.cat([torch.arange(half), ask + torch.arange(half)])[torch.randperm(2 * half, generator=random)]
     guessed = predict(judge, test.images[rows]).bool()
     return Questions(test.images[rows], test.labels[rows].bool(), guessed, classes[rows]), accuracy(judge, test)

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seeds",
         action="store_true",
         help="instead, put the runs together that differ by their seed: every row's mean over seeds, and its paired "
-        "difference to the row of real images with an interval over seeds",
+        "difference to the row of real images (table 1: to 'after 1') with an interval over seeds",
     )
     args = parser.parse_args(argv)
     base = args.runs or default_runs_dir()

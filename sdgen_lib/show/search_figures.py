@@ -129,7 +129,7 @@ def rescored(study: optuna.Study) -> Figure:
     if not len(frame):
         raise ValueError("No trial of this search was rescored: set rescored to 1 or more.")
     figure, ax = new_axes(size=(6.4, 0.5 * len(frame) + 1.4))
-    at = np.arange(len(frame))
+    at, count = np.arange(len(frame)), frame.classifiers.max()
     ax.hlines(at, frame["first value"], frame["mean"], color=GREY, linewidth=1)
     ax.scatter(frame["first value"], at, marker="D", color=ORANGE, zorder=3, label="first value, one classifier")
     ax.errorbar(
@@ -139,7 +139,7 @@ def rescored(study: optuna.Study) -> Figure:
         fmt="o",
         color=BLUE,
         capsize=4,
-        label=f"drawn anew: mean ± standard error of {frame.classifiers.max()}",
+        label="drawn anew: " + (f"mean ± standard error of {count}" if count > 1 else "one classifier"),
     )
     points = [f"IS {row.IS:.0f}, UGS {row.UGS:.2f}, epoch {row.epoch:.0f}" for row in frame.itertuples()]
     names = [point + ("  (chosen)" if is_chosen else "") for point, is_chosen in zip(points, frame.chosen)]

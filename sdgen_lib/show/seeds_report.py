@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..config.settings import unlike_recipe
+from ..config.settings import FIELDS, unlike_recipe
 from ..evaluate.augmented_studies import Row as TailRow
 from ..store.run import Result, results, settings_used, upstream
 from .names import printable
@@ -31,7 +31,7 @@ TABLES = {
     "judged": ("other people's images", "real"),
 }
 DRAWN = ("5_datasets/", "long_tail/filling")  # the steps whose inputs say what drew a row's images
-SAID_ELSEWHERE = re.compile(r"seed|num_images|.*epoch_images|.*epoch_limit")  # of a row's choices, not in its name
+SAID_ELSEWHERE = re.compile(r".*\.(seed|num_images|epoch_images|epoch_limit)")  # of a row's choices, not in its name
 OVER_SEEDS = "mean ± st. dev. over seeds"
 
 
@@ -63,13 +63,20 @@ PLAIN_TAIL = _flat(dataclasses.asdict(TailRow()), "row")  # what the long tail's
 
 
 def _choices(run_folder: Path, result: Result) -> dict[str, Any]:
-    """All that was chosen for a row: settings, its own inputs, and those of what drew its images."""
+    """All that was chosen for a row: settings, its own inputs, those of what drew its images, and the steps' versions.
+
+    An input that has a setting's name is another thing: ``num_images`` of a row are all of its set, as a setting those
+    of a trial.
+    """
     drawn: dict[str, Any] = {}
     for part in upstream(run_folder, result).values():
+        drawn[f"version.{part.name}"] = part.record.get("version")
         if part.name.startswith(DRAWN):
             inputs = {name: value for name, value in part.record["inputs"].items() if name != "block"}
             drawn |= _flat(inputs, "drawn")
-    chosen = _flat(settings_used(run_folder, result)) | _flat(result.record["inputs"]) | drawn
+    of_data = {name: value for name, value in result.record.get("data", {}).items() if name != "dataset"}
+    inputs = {f"input.{key}" if key in FIELDS else key: value for key, value in _flat(result.record["inputs"]).items()}
+    chosen = _flat(settings_used(run_folder, result)) | of_data | inputs | drawn
     return {name: value for name, value in sorted(chosen.items()) if name != "seed"}
 
 

@@ -62,8 +62,7 @@ def cas_table(rows: Rows, dataset: str) -> pd.DataFrame:
     largest class"; an empty cell where an older row does not say it. Last the published row of the same dataset where
     there is one, marked as published.
     """
-    on_test = any(row.get("select_on") == "test" for row in rows.values())
-    what = "CAS %" + (" (selected on the TEST set)" if on_test else "")
+    what = "CAS %" + _on_test(rows)
     table = pd.DataFrame({name: _accuracy(rows[name], what) | _how_drawn(rows[name]) for name in sorted(rows)})
     return _with_published(table, dataset, paper.TABLE_1, "CAS % ({}, 4000 images)")
 
@@ -73,11 +72,14 @@ def scaling_table(rows: Rows, dataset: str) -> pd.DataFrame:
 
     What stands below it is as in `cas_table`.
     """
-    columns = {
-        name: _accuracy(row, "accuracy %") | {"training images": row["num_images"]} for name, row in rows.items()
-    }
+    what = "accuracy %" + _on_test(rows)
+    columns = {name: _accuracy(row, what) | {"training images": row["num_images"]} for name, row in rows.items()}
     table = pd.DataFrame(columns)
     return _with_published(table, dataset, paper.TABLE_2, "accuracy % ({})")
+
+
+def _on_test(rows: Rows) -> str:
+    return " (selected on the TEST set)" if any(row.get("select_on") == "test" for row in rows.values()) else ""
 
 
 def worth_table(rows: Rows, beside: str | None = "real") -> pd.DataFrame:
@@ -200,15 +202,20 @@ def taught_too_little(rows: Rows) -> list[str]:
     said = []
     for name, row in rows.items():
         mean, largest = np.mean(row["test"]), row.get("largest_class", 0.0)
+        known = "num_classes" in row and "balanced_test" in row  # not of an older row
+        balanced, chance = (row["balanced_test"], 1 / row["num_classes"]) if known else ([0.0], 0.0)
+        told_apart = np.mean(balanced) - np.nan_to_num(_spread(balanced)) > chance + ROUNDING
         if mean < largest - ROUNDING:
             said.append(
-                f"{name}: {mean:.1%} is below the {largest:.1%} of always answering the largest class. These images "
-                "taught the classifiers less than that."
+                f"{name}: {mean:.1%} is below the {largest:.1%} of always answering the largest class. "
+                + (
+                    f"The balanced accuracy, {percent(balanced)} %, is above chance, {chance:.1%}: what was learnt of "
+                    "the small classes costs more images of the largest one."
+                    if told_apart
+                    else "These images taught the classifiers less than that."
+                )
             )
-        if "num_classes" not in row or "balanced_test" not in row:  # an older row
-            continue
-        balanced, chance = row["balanced_test"], 1 / row["num_classes"]
-        if np.mean(balanced) - np.nan_to_num(_spread(balanced)) <= chance + ROUNDING:
+        if known and not told_apart:
             above = ", by more than its spread" if np.mean(balanced) > chance + ROUNDING else ""
             said.append(
                 f"{name}: the balanced accuracy, {percent(balanced)} %, is not above chance, {chance:.1%}{above}."
@@ -217,9 +224,12 @@ def taught_too_little(rows: Rows) -> list[str]:
 
 
 def chosen_set(rows: Rows) -> str | None:
-    """Which of x1 .. xK the validation images choose: that of the highest mean. None where no row says what it had."""
+    """Which of x1 .. xK the validation images choose: that of the highest mean; of equal ones the first, the smallest.
+
+    None where no row says what it had.
+    """
     means = {name: np.mean(row["val"]) for name, row in rows.items() if name != REAL and "val" in row}
-    return max(means, key=means.get, default=None)
+    return next((name for name, mean in means.items() if mean >= max(means.values()) - ROUNDING), None)
 
 
 def _how_drawn(row: Mapping[str, Any]) -> dict[str, Any]:

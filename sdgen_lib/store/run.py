@@ -263,6 +263,7 @@ class Run:
             "needs": self.needs(step),
             "roots": {root: self.roots[root]() for root in step.roots},
             "run": {"dataset": s.dataset, "backbone": s.backbone, "recipe": s.recipe, "seed": s.seed},
+            "data": s.view("data").to_dict(),  # in the key by the data's own hash; for whoever compares results
             "facts": dict(facts),
             "seconds": round(seconds, 1),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

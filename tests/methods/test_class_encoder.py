@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sdgen_lib.diffusion.training import Batches
-from sdgen_lib.methods.class_encoder import ENCODER, ClassEncoder
+from sdgen_lib.methods.class_encoder import ENCODER, ClassEncoder, Point
+from sdgen_lib.search.search import Space
 from sdgen_lib.store import files
 from sdgen_lib.work.fitting import checkpoint_name
 
@@ -206,3 +207,14 @@ def test_an_epoch_of_either_training_may_be_a_number_of_images(small, tmp_path, 
     assert [len(row) for row in (course.transfer(), course.finetune())] == [2, 2]
     (gradient,) = [count for kind, count in course.method.transfer_step.work().items() if "gradient" in kind.kind]
     assert gradient == 18
+
+
+@pytest.mark.parametrize(("least", "expected"), [(0.0, [2.5, 1.0]), (1.0, [2.5, 1.0]), (1.5, [2.5, 1.5])])
+def test_step_4_is_given_the_point_before_it_and_the_same_without_guidance(
+    small, tmp_path, monkeypatch, least, expected
+):
+    """Never UGS 0, where no class is told."""
+    method = small(tmp_path).method
+    monkeypatch.setattr(method, "point", lambda row: Point(5, 2.5, 1, 2))
+    known = method._known(Space((2, 9), (least, 3.0), (1, 2)))
+    assert known == [{"IS": 5, "UGS": guidance, "epoch": 2} for guidance in expected]

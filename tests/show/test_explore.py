@@ -331,6 +331,17 @@ def test_questions_are_of_images_that_the_classifier_did_not_learn_from(finished
             explore_classes.real_or_generated(course, number, epochs=1)
 
 
+@pytest.mark.parametrize("larger_sets", ["nested", "random"])
+def test_a_run_of_one_block_has_a_quiz_of_its_halves(small, tmp_path, larger_sets):
+    course = small(tmp_path, max_multiple=1, larger_sets=larger_sets)
+    found, _ = explore_classes.real_or_generated(course, epochs=1)
+    made = course.synthetic(1)
+    assert 0 < found.is_real.sum() == len(found.images) / 2
+    for image in found.images[~found.is_real]:
+        assert (made.images == image).flatten(1).all(1).any()
+    assert len(list(course.run.path.glob("5_datasets/block_*"))) == 1
+
+
 def test_few_images_make_a_short_quiz(small, tmp_path):
     course = small(tmp_path)
     found, _ = explore_classes.real_or_generated(course, epochs=1)

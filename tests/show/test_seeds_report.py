@@ -12,13 +12,14 @@ from sdgen_lib.show import report, seeds_report
 from sdgen_lib.store.run import Run, Step, run_path
 
 
-def made(base, seed, name, test, *, needs=(), family="digits", **inputs):
+def made(base, seed, name, test, *, needs=(), family="digits", settings=None, version=1, **inputs):
     """A finished row of a seed's run; ``test``: what its classifiers reached."""
-    s = resolve(dataset=family, backbone="tiny", recipe="demo", seed=seed, runs_dir=str(base))
-    run = Run(s, run_path(s, s.dataset), {"data": lambda: f"data {seed}", "model": lambda: "m"})
+    s = resolve(dataset=family, backbone="tiny", recipe="demo", seed=seed, runs_dir=str(base), **settings or {})
+    run = Run(s, run_path(s, s.dataset), {"data": lambda: f"data {seed} {settings}", "model": lambda: "m"})
     facts = {"test": test, "balanced_test": [value / 2 for value in test], "num_images": 50, "largest_class": 0.125}
     steps = tuple(Step(n, lambda folder, s: {}, topics=("seed",), roots=("data",), inputs=given) for n, given in needs)
-    step = Step(name, lambda folder, s: facts, topics=("seed", "table"), needs=steps, roots=("data",), inputs=inputs)
+    topics, more = ("seed", "table", "cas", "finetune"), {"inputs": inputs, "version": version}
+    step = Step(name, lambda folder, s: facts, topics, steps, roots=("data",), **more)
     return run.result(step)
 
 
@@ -90,3 +91,17 @@ def test_one_seed_is_no_table(tmp_path, capsys):
     made(tmp_path, 0, "worth/real", [0.5], options={})
     with pytest.raises(SystemExit, match="No row in .* has two seeds: run the notebooks with -p seed 1"):
         report.main([str(tmp_path), "--seeds"])
+
+
+def test_rows_that_differ_in_a_setting_the_data_or_a_version_stay_apart(tmp_path, capsys):
+    """Each pair of runs differs in one of them, and never by the seed alone."""
+    for seed in (0, 1):
+        for change in ({}, {"num_images": 800}, {"finetune_epoch_images": 300}, {"augmented_tail_factor": 2.0}):
+            made(tmp_path, seed, "table_2/real", [0.9], num_images=50, settings=change)
+        made(tmp_path, seed, "table_2/real", [0.9], num_images=50, version=2)
+    rows = seeds_report.rows_over_seeds(seeds_report.families(tmp_path)["digits/tiny-demo"], "table_2")
+    assert [len(row.facts) for row in rows] == [2] * 5
+    names = list(seeds_report.named(rows))
+    assert any("num_images=800" in name for name in names) and any("epoch_images=300" in name for name in names)
+    assert any("augmented_tail_factor=2.0" in name for name in names)
+    assert "num_images=50" not in shown(tmp_path, capsys)

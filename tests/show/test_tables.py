@@ -75,6 +75,9 @@ def test_selection_on_the_test_set_is_marked():
     marked = tables.cas_table(on_test, "pathmnist")
     assert any(name.startswith("CAS %") and "TEST" in name for name in marked.index)
     assert not any(name.startswith("published") and "TEST" in name for name in marked.index)
+    sets = {name: row | ({} if name == "real" else {"select_on": "test"}) for name, row in TABLE_2.items()}
+    assert "TEST" in tables.scaling_table(sets, "digits").index[0]
+    assert "TEST" not in tables.scaling_table(TABLE_2, "digits").to_string()
 
 
 def test_what_has_to_be_known_to_judge_an_accuracy_stands_below_it():
@@ -146,6 +149,8 @@ def test_the_set_is_chosen_by_validation_images():
     }
     assert tables.chosen_set(rows) == "x1"
     assert tables.chosen_set({"real": rows["real"], "x1": {"test": [0.6]}}) is None  # an older row
+    equal = {"x1": [0.75, 0.65, 0.7], "x2": [0.7, 0.7, 0.7], "x3": [0.65, 0.7, 0.75]}  # 0.7, but for rounding
+    assert tables.chosen_set({name: {"val": val} for name, val in equal.items()}) == "x1"
 
 
 def test_a_row_below_an_answer_that_looks_at_nothing_is_told_in_words():
@@ -161,6 +166,11 @@ def test_a_row_below_an_answer_that_looks_at_nothing_is_told_in_words():
     assert second == "x2: the balanced accuracy, 10.0 ± 0.0 %, is not above chance, 10.0%."
     # 10 and 16: mean 13, deviation root of 9 + 9 = 4.2
     assert third == "x3: the balanced accuracy, 13.0 ± 4.2 %, is not above chance, 10.0%, by more than its spread."
+    skewed = {"x1": scaling_row([0.425], 60) | {"largest_class": 0.95, "balanced_test": [0.697], "num_classes": 2}}
+    assert tables.taught_too_little(skewed) == [
+        "x1: 42.5% is below the 95.0% of always answering the largest class. The balanced accuracy, 69.7 %, is above "
+        "chance, 50.0%: what was learnt of the small classes costs more images of the largest one."
+    ]
     older = {"real": {"test": [0.1], "balanced_test": [0.0], "largest_class": 0.1}}  # nothing of the number of classes
     assert tables.taught_too_little(older) == tables.taught_too_little({"real": {"test": [0.1]}}) == []
     labels = torch.tensor([0] * 70 + [1] * 10 + [2] * 20)

@@ -6,9 +6,12 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.trial import create_trial
 
 from sdgen_lib.config.settings import resolve
 from sdgen_lib.course import Course
@@ -176,11 +179,12 @@ def test_searches_of_one_step_1_are_judged_alike_and_are_done_once(small_runs, m
         "search 2, 6 trials",
         "2 searches",
     ]
-    assert long["within one of the long search's"]  # of its own end
+    assert long["within one of it"] and long["standard error to the long search's"] == 0  # of its own end
     for row in short:
-        assert row["within one of the long search's"] == (row["judged"] >= long["judged"] - long["standard error"])
-    near = sum(row["within one of the long search's"] for row in short)
-    assert last["within one of the long search's"] == f"{near} of 2"
+        error = row["standard error to the long search's"]
+        assert row["within one of it"] == (row["judged"] >= long["judged"] - error)
+    near = sum(row["within one of it"] for row in short)
+    assert last["within one of it"] == f"{near} of 2"
     assert last["judged"] == pytest.approx(sum(row["judged"] for row in short) / 2)
     (run,) = small_runs.glob("*/*/")
     assert len(list(run.glob("1_transfer/*/record.json"))) == 1 and not list(run.glob("2_tune/*/record.json"))
@@ -192,6 +196,19 @@ def test_searches_of_one_step_1_are_judged_alike_and_are_done_once(small_runs, m
     monkeypatch.setattr(bench_luck.Course, "draw", None)  # nothing is drawn again
     assert bench_luck.luck(asked) == rows
     assert {path: path.stat().st_size for path in logs} == logs
+
+
+def test_a_difference_of_judged_points_has_the_error_of_its_sets():
+    """Two sets of two classifiers: what a set has in common is no luck of one classifier, and shared by the points."""
+    space = {"IS": IntDistribution(1, 9), "UGS": FloatDistribution(0, 9), "epoch": IntDistribution(0, 9)}
+    points = [{"IS": 5, "UGS": 1.0, "epoch": k} for k in range(3)]
+    trials = [create_trial(params=point, distributions=space, value=0.5) for point in points]
+    values = [[[0.5, 0.6], [0.7, 0.8]], [[0.4, 0.6], [0.6, 0.8]], [[0.5, 0.5], [0.9, 0.9]]]
+    judged = bench_luck._Judged({tuple(point.values()): np.array(v) for point, v in zip(points, values)})
+    assert judged.mean(trials[0]) == pytest.approx(0.65)
+    # means of sets: .55 .75, .5 .7, .5 .9; differences of the points: .05 .05, .05 -.15, 0 -.2: variances 0, .02, .02
+    assert judged.error(trials[0], trials[1]) == pytest.approx((0.04 / 3 / 2) ** 0.5)
+    assert judged.error(trials[2], trials[2]) == 0
 
 
 @pytest.mark.slow
