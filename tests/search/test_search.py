@@ -785,7 +785,7 @@ def test_pruned_trials_count_where_too_few_are_complete(study_of):
     rows = list(random_rows(lambda a, b, c: a + b, count=8, prune=5))
     assert compared(study_of(rows)).said == "8 trials, all at classifier epoch 3, on validation images"
     assert importances(study_of(rows)).equals(importances(study_of(rows), pruned=True))
-    with pytest.raises(ValueError, match="this search has 3 complete trials: raise n_trials, or let pruned"):
+    with pytest.raises(ValueError, match="this search has 3 complete trials: raise n_trials or n_trials_retune"):
         importances(study_of(rows), pruned=False)
 
 
